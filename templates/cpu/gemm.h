@@ -1,0 +1,144 @@
+// Small matrix products on packed tiles: C[m x N] = A[m x k] * B[k x N], the only two multiply
+// loops of every CPU kernel.
+//
+//   gemm<Acc, M, N, mode>(m, steps, a, a_row, a_step, b, ldb, c, ldc, factor)
+//
+// M is the multiply type. M = Acc (float or double): fused multiply-add, one step = one k.
+// M = bf16 (needs kHasBf16Dot, Acc = float): bf16 dot products, one step = two consecutive k.
+//
+//   a       element (i, step) at a + i * a_row + step * a_step, in elements of M; for bf16 the two
+//           elements of the pair are adjacent. So a natural [m][lda] tile is (a_row = lda,
+//           a_step = 1), or a_step = 2 for bf16; a transposed tile [k][lda] is (1, lda); and
+//           transposed bf16 pairs [k/2][lda][2] are (2, 2 * lda).
+//   b       [k][ldb], or pairs [k/2][ldb][2] for bf16; ldb counts columns in both.
+//   c       row-major Acc, ldc elements between rows.
+//   mode    kOverwrite: C = AB. kAccumulate: C += AB. kScale: row i of C = C * factor[i] + AB.
+//
+// m and steps are any number >= 0 (steps = 0 gives AB = 0); N is a multiple of the lane count W.
+// Padding of k must be zero in A and finite in B, or the other way round.
+#pragma once
+#include "cpu/memory.h"
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace ae {
+
+enum class GemmMode { kOverwrite, kAccumulate, kScale };
+
+// The main shape: rows x vector registers. 24 accumulators + 4 B + 1 A of 32 registers, or 12 + 2 +
+// 1 of 16. Without fused multiply-add the product needs one register more.
+#if defined(__AVX512F__)
+constexpr int kGemmRows = 6, kGemmRegs = 4;
+#elif defined(__FMA__)
+constexpr int kGemmRows = 6, kGemmRegs = 2;
+#else
+constexpr int kGemmRows = 4, kGemmRegs = 2;
+#endif
+
+template <class Acc, class M>
+struct GemmStep;
+
+template <class Acc>
+struct GemmStep<Acc, Acc> {
+  using V = typename Lanes<Acc>::Acc;
+  using B = V;
+  static constexpr int kPair = 1;
+  static AE_INLINE V broadcast(const Acc* a) { return V{} + *a; }
+  static AE_INLINE V multiply_add(V c, V a, V b) { return a * b + c; }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct GemmStep<float, bf16> {
+  using V = typename Lanes<float>::Acc;
+  static constexpr int kPair = 2;
+  // The pair is broadcast into a register once: as a memory operand of each product it would cost a
+  // quarter of the rate (measured).
+  static AE_INLINE V broadcast(const bf16* a) {
+    int32_t pair;
+    __builtin_memcpy(&pair, a, sizeof pair);
+    return (V)_mm512_set1_epi32(pair);
+  }
+  static AE_INLINE V multiply_add(V c, V a, V b) {
+    return (V)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+  }
+};
+#endif
+
+// kRows x (kRegs * W) of C, held in registers over all steps.
+template <class Acc, class M, int kRows, int kRegs, GemmMode kMode>
+AE_INLINE void gemm_block(int64_t steps, const M* a, int64_t a_row, int64_t a_step, const M* b,
+                          int64_t b_step, Acc* c, int64_t ldc, const Acc* factor) {
+  using Step = GemmStep<Acc, M>;
+  using V = typename Step::V;
+  constexpr int W = Lanes<Acc>::W;
+  V sum[kRows][kRegs];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kRegs; ++j) {
+      if constexpr (kMode == GemmMode::kOverwrite) {
+        sum[i][j] = V{};
+      } else {
+        sum[i][j] = load_vector<V>(c + i * ldc + j * W);
+        if constexpr (kMode == GemmMode::kScale) sum[i][j] *= factor[i];
+      }
+    }
+  }
+  for (int64_t s = 0; s < steps; ++s, a += a_step, b += b_step) {
+    V bv[kRegs];
+#pragma GCC unroll 8
+    for (int j = 0; j < kRegs; ++j) bv[j] = load_vector<V>(b + j * W * Step::kPair);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const V av = Step::broadcast(a + i * a_row);
+#pragma GCC unroll 8
+      for (int j = 0; j < kRegs; ++j) sum[i][j] = Step::multiply_add(sum[i][j], av, bv[j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kRegs; ++j) store_vector(c + i * ldc + j * W, sum[i][j]);
+  }
+}
+
+// All m rows of one panel of kRegs * W columns, so that the panel of B stays in the first cache.
+template <class Acc, class M, int kRegs, GemmMode kMode>
+__attribute__((noinline)) void gemm_panel(int m, int64_t steps, const M* a, int64_t a_row,
+                                          int64_t a_step, const M* b, int64_t b_step, Acc* c,
+                                          int64_t ldc, const Acc* factor) {
+  int i = 0;
+  const auto rows = [&]<int kRows>() {
+    for (; i + kRows <= m; i += kRows) {
+      gemm_block<Acc, M, kRows, kRegs, kMode>(steps, a + i * a_row, a_row, a_step, b, b_step,
+                                              c + i * ldc, ldc, factor + i);
+    }
+  };
+  rows.template operator()<kGemmRows>();
+  if constexpr (kGemmRows > 4) rows.template operator()<4>();
+  rows.template operator()<2>();
+  rows.template operator()<1>();
+}
+
+template <class Acc, class M, int N, GemmMode kMode>
+AE_INLINE void gemm(int m, int64_t steps, const M* a, int64_t a_row, int64_t a_step, const M* b,
+                    int64_t ldb, Acc* c, int64_t ldc, const Acc* factor = nullptr) {
+  constexpr int W = Lanes<Acc>::W;
+  constexpr int kPair = GemmStep<Acc, M>::kPair;
+  constexpr int kPanel = kGemmRegs * W;
+  constexpr int kRest = N % kPanel / W;
+  static_assert(N % W == 0, "columns must be padded to whole vectors");
+  int j = 0;
+  for (; j + kPanel <= N; j += kPanel) {
+    gemm_panel<Acc, M, kGemmRegs, kMode>(m, steps, a, a_row, a_step, b + j * kPair, ldb * kPair,
+                                         c + j, ldc, factor);
+  }
+  if constexpr (kRest > 0) {
+    gemm_panel<Acc, M, kRest, kMode>(m, steps, a, a_row, a_step, b + j * kPair, ldb * kPair, c + j,
+                                     ldc, factor);
+  }
+}
+
+}  // namespace ae
