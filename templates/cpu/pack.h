@@ -199,11 +199,11 @@ bool pack_transposed(M* dst, const Row& row, int64_t col, int n, int rows, const
   for (int i0 = 0; i0 < rows; i0 += W) {
     for (int u0 = 0; u0 < kUnits; u0 += W) {
       Unit block[W];
-      ragma GCC unroll 16 for (int i = 0; i < W; ++i) {
+      for (int i = 0; i < W; ++i) {
         H part[kPair]{};
         if (i0 + i < n) {
           const auto* p = row(i0 + i);
-          ragma GCC unroll 2 for (int h = 0; h < kPair; ++h) {
+          for (int h = 0; h < kPair; ++h) {
             const int d = u0 * kPair + h * W;
             const int left = D - d < 0 ? 0 : D - d;
             part[h] = load_packed<A, M>(p + d * col, col, left < W ? left : W, mod);
