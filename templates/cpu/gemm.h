@@ -42,9 +42,9 @@ struct GemmStep;
 template <class Acc>
 struct GemmStep<Acc, Acc> {
   using V = typename Lanes<Acc>::Acc;
-  using B = V;
   static constexpr int kPair = 1;
-  static AE_INLINE V broadcast(const Acc* a) { return V{} + *a; }
+  // x - 0 is x, also for -0: a plain broadcast.
+  static AE_INLINE V broadcast(const Acc* a) { return *a - V{}; }
   static AE_INLINE V multiply_add(V c, V a, V b) { return a * b + c; }
 };
 
