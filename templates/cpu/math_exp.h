@@ -1,0 +1,170 @@
+// exp, exp2, expm1, log, tanh and sigmoid. Float vectors have code of their own here, float scalars
+// use it too (four lanes), doubles call the C library. Polynomials are minimax fits of the relative
+// error; tests/cpp/math_test.cpp states and checks the bounds in units in the last place (ulp).
+#pragma once
+#include "cpu/math_libm.h"
+#include "cpu/math_round.h"
+
+namespace ae {
+
+// x limited to [lo, hi]; NaN passes.
+template <Vec V>
+AE_INLINE V clamp_keep_nan(V x, float lo, float hi) {
+  return max_or_second(splat<V>(lo), min_or_second(splat<V>(hi), x));
+}
+
+// p * 2^n for an integer-valued n in [-252, 254], rounded once. AVX-512 takes any n.
+template <Vec V>
+AE_INLINE V scale_by_exp2(V p, V n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return (V)_mm512_scalef_ps((__m512)p, (__m512)n);
+#endif
+#if defined(__AVX512VL__)
+  if constexpr (sizeof(V) == 32) return (V)_mm256_scalef_ps((__m256)p, (__m256)n);
+  if constexpr (sizeof(V) == 16) return (V)_mm_scalef_ps((__m128)p, (__m128)n);
+#endif
+  auto e = to_i32(n);
+  auto half = e >> 1;  // two factors, so that neither leaves the normal range
+  return p * bits_as<float>((half + 127) << 23) * bits_as<float>((e - half + 127) << 23);
+}
+
+// 1/d for d in [1, 2], within 1 ulp; NaN passes.
+template <Vec V>
+AE_INLINE V reciprocal_1_to_2(V d) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) {
+    V r = (V)_mm512_rcp14_ps((__m512)d);
+    return r + r * (1.0f - d * r);
+  }
+#endif
+  return 1.0f / d;
+}
+
+// exp(x) for x in [-104, 89]; NaN passes.
+template <Vec V>
+AE_INLINE V exp_in_range(V x) {
+  V n = round_to<kNearestEven>(x * 1.44269504f);
+  V r = x - n * 0.693359375f;  // ln 2 in two parts; n times the first is exact
+  r = r + n * 2.12194440e-4f;
+  V p = 0.008290305733680725f * r + 0.0418979749083519f;
+  p = p * r + 0.1666763722896576f;
+  p = p * r + 0.4999915063381195f;
+  p = p * r + 0.9999997019767761f;
+  p = p * r + 1.0f;
+  return scale_by_exp2(p, n);
+}
+
+// expm1(x) for x in [-18, 89]; NaN passes.
+template <Vec V>
+AE_INLINE V expm1_in_range(V x) {
+  V n = round_to<kNearestEven>(x * 1.44269504f);
+  V r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  V p = 0.0013882521307095885f * r + 0.008366520516574383f;
+  p = p * r + 0.04166720062494278f;
+  p = p * r + 0.1666654348373413f;
+  p = p * r + 0.4999999701976776f;
+  p = p * (r * r) + r;  // expm1(r)
+  // 2^n expm1(r) + 2^n - 1 = 2^n (expm1(r) + (1 - 2^-n)), where the inner difference loses nothing
+  return scale_by_exp2(p + (1.0f - scale_by_exp2(splat<V>(1.0f), -n)), n);
+}
+
+struct exp_vector {
+  template <class V>
+  static AE_INLINE V of(V x) {
+    return exp_in_range(clamp_keep_nan(x, -104.0f, 89.0f));  // beyond these: 0 and infinity
+  }
+};
+
+struct exp2_vector {
+  template <class V>
+  static AE_INLINE V of(V x) {
+    x = clamp_keep_nan(x, -151.0f, 129.0f);
+    V n = round_to<kNearestEven>(x);
+    V r = x - n;
+    V p = 0.0013264724984765053f * r + 0.009671514853835106f;
+    p = p * r + 0.05550733953714371f;
+    p = p * r + 0.24022242426872253f;
+    p = p * r + 0.6931470036506653f;
+    p = p * r + 1.0f;
+    return scale_by_exp2(p, n);
+  }
+};
+
+struct expm1_vector {
+  template <class V>
+  static AE_INLINE V of(V x) {
+    return expm1_in_range(clamp_keep_nan(x, -18.0f, 89.0f));
+  }
+};
+
+// 1 / (1 + exp(-x)) with e = exp(-|x|): 1/(1+e) for positive x, e/(1+e) for negative.
+struct sigmoid_vector {
+  template <class V>
+  static AE_INLINE V of(V x) {
+    V magnitude = abs(x);
+    V e = exp_in_range(max_or_second(splat<V>(-104.0f), -magnitude));
+    V r = reciprocal_1_to_2(1.0f + e);
+    return bits_as<int32_t>(x) < 0 ? e * r : r;
+  }
+};
+
+// With m = expm1(-2|x|): tanh |x| = -m / (2 + m).
+struct tanh_vector {
+  template <class V>
+  static AE_INLINE V of(V x) {
+    V m = expm1_in_range(max_or_second(splat<V>(-18.0f), -2.0f * abs(x)));
+    return copysign(m * reciprocal_1_to_2(2.0f + m), x);
+  }
+};
+
+struct log_vector {
+  template <class V>
+  static AE_INLINE V of(V x) {
+    // x = m 2^e with m in [sqrt(1/2), sqrt(2)); numbers below 2^-126 are scaled up first
+    V scaled = x < 1.17549435e-38f ? x * 8388608.0f : x;
+    auto bits = bits_as<int32_t>(scaled);
+    auto exponent = (bits - 0x3f3504f3) >> 23;  // the bits of sqrt(1/2), up to the exponent
+    V e = to_f32(x < 1.17549435e-38f ? exponent - 23 : exponent);
+    V f = bits_as<float>(bits - (exponent << 23)) - 1.0f;
+    V p = 7.0376836292e-2f * f - 1.1514610310e-1f;  // Cephes logf
+    p = p * f + 1.1676998740e-1f;
+    p = p * f - 1.2420140846e-1f;
+    p = p * f + 1.4249322787e-1f;
+    p = p * f - 1.6668057665e-1f;
+    p = p * f + 2.0000714765e-1f;
+    p = p * f - 2.4999993993e-1f;
+    p = p * f + 3.3333331174e-1f;
+    V square = f * f;
+    V y = p * (f * square) - e * 2.12194440e-4f - 0.5f * square;
+    y = (f + y) + e * 0.693359375f;
+    V special = x == 0 ? splat<V>(-__builtin_inff()) : splat<V>(__builtin_nanf(""));
+    y = x > 0 ? y : special;
+    return x == __builtin_inff() ? x : y;
+  }
+};
+
+struct sigmoid_libm {
+  static AE_INLINE double of(double x) { return 1.0 / (1.0 + __builtin_exp(-x)); }
+};
+
+#define AE_EXP_FAMILY(name)                                    \
+  template <class X>                                           \
+  AE_INLINE X name(X x) {                                      \
+    if constexpr (std::is_same_v<X, float>) {                  \
+      return name##_vector::of(splat<Vector<float, 4>>(x))[0]; \
+    } else if constexpr (std::is_same_v<ElemOf<X>, float>) {   \
+      return name##_vector::of(x);                             \
+    } else {                                                   \
+      return map_lanes<name##_libm>(x);                        \
+    }                                                          \
+  }
+AE_EXP_FAMILY(exp)
+AE_EXP_FAMILY(exp2)
+AE_EXP_FAMILY(expm1)
+AE_EXP_FAMILY(log)
+AE_EXP_FAMILY(tanh)
+AE_EXP_FAMILY(sigmoid)
+#undef AE_EXP_FAMILY
+
+}  // namespace ae
