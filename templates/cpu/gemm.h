@@ -66,6 +66,19 @@ struct GemmStep<float, bf16> {
 };
 #endif
 
+// W values of the accumulator type in the multiply type: how weights become an A operand. The bf16
+// instruction rounds to nearest even and flushes subnormals, as the product would.
+template <class M, class V>
+AE_INLINE void store_multiply(M* p, V x) {
+#if defined(__AVX512BF16__)
+  if constexpr (__is_same(M, bf16)) {
+    store_vector(p, _mm512_cvtneps_pbh((__m512)x));
+    return;
+  }
+#endif
+  store_vector(p, x);
+}
+
 // kRows x (kRegs * W) of C, held in registers over all steps.
 template <class Acc, class M, int kRows, int kRegs, GemmMode kMode>
 AE_INLINE void gemm_block(int64_t steps, const M* a, int64_t a_row, int64_t a_step, const M* b,

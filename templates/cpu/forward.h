@@ -1,0 +1,399 @@
+// The forward pass: one pass over tiles of keys with running row states.
+//
+//   for each tile of query rows (and, when there are few, each chunk of keys):
+//     for each tile of keys that the mask does not empty:
+//       S = Q K^T                   scores of kBlockM rows x kBlockN keys
+//       W, state, factor = tile_row(S)      the traced functor, row by row
+//       O = O * factor + W V
+//     O * out_factor, statistics    or a partial result, merged in index order afterwards
+//
+// Plan and Fn are generated; what they must hold is written at tile_row's use below and in the
+// generator. A key is dead when it is masked, past the end, or scored -inf: its weight is exactly
+// 0. Nothing stored in K or V at a dead key reaches the result: tile_row overwrites its score, and
+// a tile whose V holds Inf or NaN is multiplied without the keys of weight 0.
+#pragma once
+#include "common/env.h"
+#include "common/segments.h"
+#include "cpu/forward_work.h"
+#include "cpu/gemm.h"
+
+namespace ae {
+
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+constexpr int32_t kIsa = AE_ISA_AVX512_BF16;
+#elif defined(__AVX512F__)
+constexpr int32_t kIsa = AE_ISA_AVX512;
+#elif defined(__AVX2__)
+constexpr int32_t kIsa = AE_ISA_AVX2;
+#else
+constexpr int32_t kIsa = AE_ISA_PORTABLE;
+#endif
+
+template <class E>
+constexpr int32_t dtype_of() {
+  return __is_same(E, float) ? AE_F32 : __is_same(E, double) ? AE_F64 : AE_BF16;
+}
+
+// Whether score_mod may turn the score of an unmasked key into -inf, which makes that key dead.
+template <class Fn>
+constexpr bool score_can_die() {
+  if constexpr (requires { Fn::kScoreCanDie; }) {
+    return Fn::kScoreCanDie;
+  } else {
+    return false;
+  }
+}
+
+template <class Plan, class Fn>
+class Forward {
+  using Elem = typename Plan::Elem;
+  using Acc = typename Plan::Acc;
+  using M = Multiply<Plan>;
+  using L = Lanes<Acc>;
+  using V = typename L::Acc;
+  using Scratch = ForwardScratch<Plan>;
+  static constexpr int kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN;
+  static constexpr int kD = Plan::kD, kDv = Plan::kDv, kOutPitch = Scratch::kOutPitch;
+  static constexpr int kPair = GemmStep<Acc, M>::kPair;
+  static constexpr int kStates = Fn::kStates > 0 ? Fn::kStates : 1;
+
+  static_assert(Plan::kScratchBytes == Scratch::kBytes, "the plan's scratch total is wrong");
+  static_assert(kBlockN % (2 * L::W) == 0, "a tile row must be whole pairs of vectors");
+  static_assert(!Plan::kBf16Dot || (kHasBf16Dot && __is_same(Elem, bf16)),
+                "bf16 dot products need bf16 operands and AVX512_BF16");
+
+ public:
+  static constexpr bool kCanSplit = Plan::kSplitKV && Fn::kHasMerge;
+
+  static int64_t workspace_bytes(const ae_params& p) {
+    const ForwardSizes<Plan> sizes(p, kCanSplit);
+    return ForwardWorkspace<Plan, Fn>(sizes, p.threads, table_bytes(p, Fn::kMaskCaptures)).bytes;
+  }
+
+  Forward(const ae_params& p, void* workspace)
+      : p_(p),
+        sizes_(p, kCanSplit),
+        at_(sizes_, p.threads, table_bytes(p, Fn::kMaskCaptures)),
+        base_((char*)round_up((int64_t)workspace, kCacheLine)),
+        env_{p.captures, p.fault, p.S} {}
+
+  void run(ae_parallel_for parallel_for) {
+    if (sizes_.tiles() == 0) return;
+    interval_env_ = build_tables(p_, Fn::kMaskCaptures, base_ + at_.tables, parallel_for);
+    if (sizes_.pack_ahead) {
+      parallel_for(sizes_.kv_heads() * sizes_.kv_tiles, p_.threads, &pack_task, this);
+    }
+    parallel_for(sizes_.tiles() * sizes_.splits, p_.threads, &tile_task, this);
+    if (sizes_.splits > 1) parallel_for(sizes_.tiles(), p_.threads, &merge_task, this);
+  }
+
+  // The runs of kv tiles of one tile of query rows.
+  static int64_t runs(const ForwardTile<Plan>& tile, const IntervalEnv& env, int64_t S, ae_run* out,
+                      int64_t capacity) {
+    const int64_t q0 = tile.q(0), q1 = tile.q(tile.count - 1);
+    const bool one = q0 == q1;
+    const int64_t h0 = one ? tile.h(0) : tile.block * tile.interleave;
+    const int64_t h1 = one ? tile.h(tile.count - 1) : h0 + tile.interleave - 1;
+    return row_segments<Fn>(env, iv::range(double(tile.b), double(tile.b)),
+                            iv::range(double(h0), double(h1)), iv::range(double(q0), double(q1)), S,
+                            kBlockN, out, int(capacity));
+  }
+
+ private:
+  const ae_params& p_;
+  const ForwardSizes<Plan> sizes_;
+  const ForwardWorkspace<Plan, Fn> at_;
+  char* const base_;
+  const Env env_;
+  IntervalEnv interval_env_{};
+
+  // The row states of one tile.
+  struct Rows {
+    typename Fn::Row row[kBlockM];
+    Acc state[kBlockM][kStates];
+    Acc factor[kBlockM];
+    bool alive[kBlockM];
+  };
+
+  static void pack_task(void* self, int64_t index, int32_t) {
+    static_cast<Forward*>(self)->pack_ahead(index);
+  }
+  static void tile_task(void* self, int64_t index, int32_t worker) {
+    static_cast<Forward*>(self)->attend(index, worker);
+  }
+  static void merge_task(void* self, int64_t index, int32_t) {
+    static_cast<Forward*>(self)->merge(index);
+  }
+
+  // ---- packing ----
+  auto q_mod() const {
+    if constexpr (Fn::kHasQMod) {
+      return [this](V x) { return Fn::q_mod(env_, x); };
+    } else {
+      return NoMod{};
+    }
+  }
+  auto k_mod() const {
+    if constexpr (Fn::kHasKMod) {
+      return [this](V x) { return Fn::k_mod(env_, x); };
+    } else {
+      return NoMod{};
+    }
+  }
+  auto v_mod() const {
+    if constexpr (Fn::kHasVMod) {
+      return [this](V x) { return Fn::v_mod(env_, x); };
+    } else {
+      return NoMod{};
+    }
+  }
+
+  int keys_in(int64_t kv_tile) const {
+    const int64_t left = sizes_.S - kv_tile * kBlockN;
+    return int(left < kBlockN ? left : kBlockN);
+  }
+
+  // Packs one tile of K and V; returns whether the V tile holds Inf or NaN.
+  __attribute__((noinline)) bool pack_kv(int64_t b, int64_t h, int64_t kv_tile, M* k, M* v) const {
+    const int n = keys_in(kv_tile);
+    const int64_t *ks = p_.k_stride, *vs = p_.v_stride, key = kv_tile * kBlockN;
+    const StridedRows<Elem> kr{(const Elem*)p_.k + b * ks[0] + h * ks[1] + key * ks[2], ks[2]};
+    const StridedRows<Elem> vr{(const Elem*)p_.v + b * vs[0] + h * vs[1] + key * vs[2], vs[2]};
+    pack_by_column<Acc, M, kD>(k, kr, ks[3], n, kBlockN, k_mod());
+    return pack_by_row<Acc, M, kDv>(v, vr, vs[3], n, kBlockN, v_mod());
+  }
+
+  M* packed_k(int64_t tile) const { return (M*)(base_ + at_.k) + tile * Scratch::kKTile; }
+  M* packed_v(int64_t tile) const { return (M*)(base_ + at_.v) + tile * Scratch::kVTile; }
+
+  void pack_ahead(int64_t tile) {
+    const int64_t head = tile / sizes_.kv_tiles;
+    base_[at_.bad + tile] = pack_kv(head / sizes_.Hkv, head % sizes_.Hkv, tile % sizes_.kv_tiles,
+                                    packed_k(tile), packed_v(tile));
+  }
+
+  void pack_q(const ForwardTile<Plan>& tile, M* q) const {
+    const int64_t* s = p_.q_stride;
+    for (int i = 0; i < tile.count; ++i) {
+      const Elem* row = (const Elem*)p_.q + tile.b * s[0] + tile.h(i) * s[1] + tile.q(i) * s[2];
+      pack_row<Acc, M, kD>(q + i * Scratch::kQPitch, row, s[3], q_mod());
+    }
+  }
+
+  // ---- one tile of rows against its tiles of keys ----
+  void attend(int64_t index, int32_t worker) {
+    const ForwardTile<Plan> tile(sizes_, index / sizes_.splits);
+    const int64_t split = index % sizes_.splits;
+    char* scratch = base_ + worker * at_.worker_bytes;
+    const M* q = (M*)(scratch + Scratch::kQ);
+    Acc* out = (Acc*)(scratch + Scratch::kOut);
+    ae_run* runs_of_tile = (ae_run*)(scratch + Scratch::kBytes);
+    Rows rows;
+
+    if (sizes_.splits > 1) out = partial_out(index);
+    pack_q(tile, (M*)q);
+    start_rows(tile, rows);
+    __builtin_memset(out, 0, sizeof(Acc) * uint64_t(tile.count) * kOutPitch);
+    const int64_t begin = sizes_.kv_tiles * split / sizes_.splits;
+    const int64_t end = sizes_.kv_tiles * (split + 1) / sizes_.splits;
+    const int64_t n = runs(tile, interval_env_, sizes_.S, runs_of_tile, sizes_.kv_tiles);
+    for (int64_t r = 0; r < n; ++r) {
+      const ae_run& run = runs_of_tile[r];
+      const int64_t from = run.begin < begin ? begin : run.begin;
+      const int64_t to = run.end > end ? end : run.end;
+      const bool full = !Fn::kHasMask || run.tile_class == AE_TILE_FULL;
+      for (int64_t t = from; t < to; ++t) add_keys(tile, rows, t, full, scratch, out);
+    }
+    if (sizes_.splits > 1) {
+      __builtin_memcpy(partial_state(index), rows.state, sizeof(Acc) * Fn::kStates * tile.count);
+      __builtin_memcpy(partial_alive(index), rows.alive, uint64_t(tile.count));
+    } else {
+      for (int i = 0; i < tile.count; ++i) {
+        finish_row(tile, i, rows.row[i], rows.state[i], rows.alive[i], out + i * kOutPitch);
+      }
+    }
+  }
+
+  void start_rows(const ForwardTile<Plan>& tile, Rows& rows) const {
+    for (int i = 0; i < tile.count; ++i) {
+      rows.row[i] = Fn::make_row(env_, tile.b, tile.h(i), tile.q(i));
+      Fn::init(env_, rows.row[i], rows.state[i]);
+      rows.alive[i] = false;
+    }
+  }
+
+  void add_keys(const ForwardTile<Plan>& tile, Rows& rows, int64_t kv_tile, bool full,
+                char* scratch, Acc* out) const {
+    const M* q = (const M*)(scratch + Scratch::kQ);
+    Acc* scores = (Acc*)(scratch + Scratch::kScores);
+    M* weights = (M*)(scratch + Scratch::kWeights);
+    M *k = (M*)(scratch + Scratch::kK), *v = (M*)(scratch + Scratch::kV);
+    bool bad_v;
+    if (sizes_.pack_ahead) {
+      const int64_t packed = tile.kv_head * sizes_.kv_tiles + kv_tile;
+      k = packed_k(packed), v = packed_v(packed);
+      bad_v = base_[at_.bad + packed];
+    } else {
+      bad_v = pack_kv(tile.kv_b, tile.kv_h, kv_tile, k, v);
+    }
+    gemm<Acc, M, kBlockN, GemmMode::kOverwrite>(tile.count, (kD + kPair - 1) / kPair, q,
+                                                Scratch::kQPitch, kPair, k, kBlockN, scores,
+                                                kBlockN);
+    const int ncols = keys_in(kv_tile);
+    const bool partial = !full || ncols < kBlockN;
+    const bool live = partial ? weigh<true>(tile, rows, scores, weights, kv_tile, ncols, full)
+                              : weigh<false>(tile, rows, scores, weights, kv_tile, ncols, full);
+    if (!live) return;
+    if constexpr (!Plan::kBf16Dot) weights = (M*)scores;
+    if (bad_v && (partial || score_can_die<Fn>())) {
+      return multiply_live(tile.count, rows.factor, weights, v, out);
+    }
+    gemm<Acc, M, kOutPitch, GemmMode::kScale>(tile.count, kBlockN / kPair, weights, kBlockN, kPair,
+                                              v, kOutPitch, out, kOutPitch, rows.factor);
+  }
+
+  // Scores to weights, row by row. Returns whether any row has a live key in this tile.
+  template <bool kPartial>
+  __attribute__((noinline)) bool weigh(const ForwardTile<Plan>& tile, Rows& rows, Acc* scores,
+                                       M* weights, int64_t kv_tile, int ncols, bool full) const {
+    bool any = false;
+    const Acc scale = Acc(p_.scale);
+    for (int i = 0; i < tile.count; ++i) {
+      Acc* s = scores + int64_t(i) * kBlockN;
+      Acc factor = 1;
+      const bool live = Fn::template tile_row<kPartial>(
+          env_, rows.row[i], scale, s, s, rows.state[i], factor, kv_tile * kBlockN, ncols, full);
+      rows.factor[i] = factor;
+      rows.alive[i] |= live;
+      any |= live;
+      if constexpr (Plan::kBf16Dot) {
+        for (int j = 0; j < kBlockN; j += L::W) {
+          store_multiply(weights + int64_t(i) * kBlockN + j, load_vector<V>(s + j));
+        }
+      }
+    }
+    return any;
+  }
+
+  // O = O * factor + W V over the keys whose weight is not 0: V may hold Inf or NaN at dead keys.
+  __attribute__((noinline)) void multiply_live(int count, const Acc* factor, const M* weights,
+                                               const M* v, Acc* out) const {
+    for (int i = 0; i < count; ++i) {
+      Acc* o = out + int64_t(i) * kOutPitch;
+      for (int d = 0; d < kOutPitch; ++d) o[d] *= factor[i];
+      for (int j = 0; j < kBlockN; ++j) {
+        const Acc w = widen<Acc>(weights[int64_t(i) * kBlockN + j]);
+        if (w == 0) continue;
+        const M* row = v + int64_t(j / kPair) * kPair * kOutPitch + j % kPair;
+        for (int d = 0; d < kOutPitch; ++d) o[d] += w * widen<Acc>(row[d * kPair]);
+      }
+    }
+  }
+
+  // ---- results ----
+  Acc* partial_out(int64_t index) const {
+    return (Acc*)(base_ + at_.out) + index * kBlockM * kOutPitch;
+  }
+  Acc* partial_state(int64_t index) const {
+    return (Acc*)(base_ + at_.state) + index * kBlockM * Fn::kStates;
+  }
+  bool* partial_alive(int64_t index) const { return (bool*)(base_ + at_.alive) + index * kBlockM; }
+
+  // Merges the chunks of one row tile in index order; a chunk without live key is absent.
+  void merge(int64_t index) {
+    if constexpr (kCanSplit) {
+      const ForwardTile<Plan> tile(sizes_, index);
+      const int64_t first = index * sizes_.splits;
+      for (int i = 0; i < tile.count; ++i) {
+        const auto row = Fn::make_row(env_, tile.b, tile.h(i), tile.q(i));
+        Acc state[kStates];
+        Acc* out = nullptr;
+        for (int64_t part = first; part < first + sizes_.splits; ++part) {
+          if (!partial_alive(part)[i]) continue;
+          const Acc* other = partial_state(part) + i * Fn::kStates;
+          Acc* other_out = partial_out(part) + i * kOutPitch;
+          if (out == nullptr) {
+            out = other_out;
+            for (int s = 0; s < Fn::kStates; ++s) state[s] = other[s];
+          } else {
+            Acc merged[kStates], fa = 1, fb = 1;
+            Fn::merge(env_, row, state, other, merged, fa, fb);
+            for (int s = 0; s < Fn::kStates; ++s) state[s] = merged[s];
+            for (int d = 0; d < kOutPitch; ++d) out[d] = out[d] * fa + other_out[d] * fb;
+          }
+        }
+        if (out == nullptr) Fn::init(env_, row, state);
+        finish_row(tile, i, row, state, out != nullptr, out);
+      }
+    }
+  }
+
+  // Writes one output row and its statistics; a row that never met a live key is 0.
+  void finish_row(const ForwardTile<Plan>& tile, int i, const typename Fn::Row& row,
+                  const Acc* state, bool alive, const Acc* acc) const {
+    constexpr int W = L::W;
+    const int64_t q = tile.q(i), h = tile.h(i), *s = p_.out_stride;
+    Acc stats[Fn::kStats > 0 ? Fn::kStats : 1];
+    Acc factor = 1;
+    Fn::finalize(env_, row, state, factor, stats);
+    Elem* out = (Elem*)p_.out + tile.b * s[0] + h * s[1] + q * s[2];
+    if (!alive) {
+      for (int d = 0; d < kDv; ++d) out[d * s[3]] = Elem{};
+    } else if (s[3] == 1) {
+      int d = 0;
+      for (; d + W <= kDv; d += W) {
+        store_narrowed<Elem, Acc>(out + d, load_vector<V>(acc + d) * factor);
+      }
+      for (; d < kDv; ++d) out[d] = narrow<Elem>(acc[d] * factor);
+    } else {
+      for (int d = 0; d < kDv; ++d) out[d * s[3]] = narrow<Elem>(acc[d] * factor);
+    }
+    if (p_.stats == nullptr) return;
+    Acc* to = (Acc*)p_.stats + (tile.b * sizes_.Hq + h) * sizes_.L + q;
+    for (int n = 0; n < Fn::kStats; ++n) to[n * sizes_.B * sizes_.Hq * sizes_.L] = stats[n];
+  }
+};
+
+template <class Plan, class Fn>
+const ae_module_info* forward_info() {
+  static constexpr ae_module_info info = {AE_ABI_VERSION, sizeof(ae_params),
+                                          AE_FORWARD,     dtype_of<typename Plan::Elem>(),
+                                          Plan::kD,       Plan::kDv,
+                                          Fn::kCaptures,  Fn::kUserStats,
+                                          Fn::kStats,     0,
+                                          kIsa,           Plan::kKey};
+  return &info;
+}
+
+template <class Plan, class Fn>
+int32_t forward_launch(const ae_params* p, void* workspace, ae_parallel_for parallel_for) {
+  if (p->abi_version != AE_ABI_VERSION || p->bytes != sizeof(ae_params)) return 1;
+  Forward<Plan, Fn>(*p, workspace).run(parallel_for);
+  return 0;
+}
+
+// h: a query head; row_tile: the tile of its head block (the heads that share a row tile).
+template <class Plan, class Fn>
+int64_t forward_classify(const ae_params* p, int64_t b, int64_t h, int64_t row_tile, ae_run* out,
+                         int64_t capacity) {
+  const ForwardSizes<Plan> sizes(*p, Forward<Plan, Fn>::kCanSplit);
+  if (sizes.interleave == 0 || row_tile >= sizes.row_tiles) return 0;
+  const ForwardTile<Plan> tile(sizes, b, h / sizes.interleave, row_tile);
+  return Forward<Plan, Fn>::runs(tile, interval_env(*p), p->S, out, capacity);
+}
+
+}  // namespace ae
+
+#define AE_EXPORT extern "C" __attribute__((visibility("default")))
+#define AE_EXPORT_FORWARD(Plan, Fn)                                                                \
+  AE_EXPORT const ae_module_info* ae_info(void) { return ae::forward_info<Plan, Fn>(); }           \
+  AE_EXPORT int64_t ae_workspace_bytes(const ae_params* p) {                                       \
+    return ae::Forward<Plan, Fn>::workspace_bytes(*p);                                             \
+  }                                                                                                \
+  AE_EXPORT int32_t ae_launch(const ae_params* p, void* workspace, ae_parallel_for parallel_for) { \
+    return ae::forward_launch<Plan, Fn>(p, workspace, parallel_for);                               \
+  }                                                                                                \
+  AE_EXPORT int64_t ae_classify(const ae_params* p, int64_t b, int64_t h, int64_t row_tile,        \
+                                ae_run* out, int64_t capacity) {                                   \
+    return ae::forward_classify<Plan, Fn>(p, b, h, row_tile, out, capacity);                       \
+  }
