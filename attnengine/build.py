@@ -1,0 +1,162 @@
+"""From generated source to a checked shared object, compiled once and remembered for good.
+
+Looked for in ATTNENGINE_AOT_PATH and in the cache, else compiled. Any number of threads and
+processes may ask for the same module: one compiles it, and the others wait for that.
+"""
+
+import os
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from attnengine import cache, settings
+from attnengine.cache import Store
+from attnengine.cache_entry import MANIFEST, read_manifest, seal, write_file
+from attnengine.cache_lock import hold
+from attnengine.cache_upkeep import prune
+from attnengine.compiler import Compiler
+from attnengine.errors import BuildError, CacheError, KernelUnavailable
+from attnengine.staging import Rejected, Unit, compile_unit, name_unit
+
+_guard = threading.Lock()
+_once: dict[str, threading.Lock] = {}
+_paths: dict[tuple[Path, str], Path] = {}
+_failed: dict[str, str] = {}
+_collected: list[tuple[Unit, Path]] | None = None
+
+
+def module(source: str, isa: str, label: str) -> Path:
+    """The path of a verified kernel.so compiled from `source`, made now if it is in no cache.
+
+    Args:
+        source: the C++ unit; its include root is templates_dir(). Must export ae_info,
+            ae_workspace_bytes and ae_launch (templates/common/abi.h).
+        isa: one of settings.ISAS.
+        label: a name for people; never used in a command, a path or a key.
+
+    Raises:
+        KernelUnavailable: it would have to be compiled, and there is no compiler or
+            ATTNENGINE_DISABLE_JIT is set.
+        BuildError: compiling or trying it failed; names the command, the log and the source kept.
+
+    Any number of threads and processes may ask for the same module: one of them compiles it, and
+    different modules compile at the same time.
+    """
+    wanted = name_unit(source, isa, label)
+    name = wanted.digest or wanted.content
+    place = (settings.cache_dir(), name)
+    with _guard:
+        once = _once.setdefault(name, threading.Lock())
+    with once:
+        path = _paths.get(place)
+        if path is None or not path.exists():
+            path = _resolve(wanted)
+            _paths[place] = path
+    if _collected is not None:
+        _collected.append((wanted, path))
+    return path
+
+
+def _resolve(wanted: Unit) -> Path:
+    names = [wanted.content] + ([wanted.digest] if wanted.digest else [])
+    found = cache.find_prebuilt(names)
+    if found is None and wanted.digest is not None:
+        found = cache.find(wanted.digest)
+    if found is not None:
+        return found
+    digest, compiler = wanted.digest, wanted.compiler
+    if digest is None or not isinstance(compiler, Compiler):
+        raise KernelUnavailable(_unavailable(wanted, str(compiler)))
+    if settings.jit_disabled():
+        raise KernelUnavailable(_unavailable(wanted, "ATTNENGINE_DISABLE_JIT is set"))
+    if digest in _failed:
+        raise BuildError(_failed[digest])
+
+    def make(store: Store) -> Path:
+        lock = store.root / "locks" / digest
+        with hold(lock, wanted.label, settings.build_timeout_s()):
+            present = store.find(digest)
+            if present is not None:
+                return present
+            path = compile_unit(store, wanted, digest, compiler)
+        prune(store, settings.cache_limit_bytes(), keep=frozenset((digest,)))
+        return path
+
+    try:
+        return cache.writable(make)
+    except Rejected as error:
+        _failed[digest] = str(error)
+        raise
+    except OSError as error:
+        raise BuildError(f"compiling {wanted.label!r} failed: {error}") from error
+
+
+def _unavailable(wanted: Unit, reason: str) -> str:
+    prebuilt = os.pathsep.join(map(str, settings.aot_paths())) or "(unset)"
+    return (
+        f"kernel {wanted.label!r} ({wanted.isa}, digest {wanted.content}) is not prebuilt and "
+        f"cannot be compiled: {reason}.\n"
+        f"  looked in ATTNENGINE_AOT_PATH: {prebuilt}\n"
+        f"  looked in the cache: {settings.cache_dir()}\n"
+        "  next step: install g++ 11 or newer, or run where there is one\n"
+        "    attnengine prebuild my_kernels.py:run --out DIR\n"
+        "  and set ATTNENGINE_AOT_PATH=DIR here"
+    )
+
+
+@contextmanager
+def collecting() -> Iterator[list[tuple[Unit, Path]]]:
+    """Lists every module that is asked for inside the block, in all threads."""
+    global _collected
+    outer, _collected = _collected, []
+    try:
+        yield _collected
+    finally:
+        _collected = outer
+
+
+def export(modules: list[tuple[Unit, Path]], out: Path) -> int:
+    """Copies modules into a folder for ATTNENGINE_AOT_PATH, readable by everybody, under names that
+    do not depend on the compiler. Returns how many were new there."""
+    target, new = Store(out), 0
+    target.entries.mkdir(parents=True, exist_ok=True)
+    for wanted, path in modules:
+        folder = target.entry(wanted.content)
+        if folder.exists():
+            continue
+        folder.parent.mkdir(exist_ok=True)
+        known = read_manifest(path.parent, shared=True)
+        facts = {name: known[name] for name in ("isa", "abi", "cflags", "content")}
+        with tempfile.TemporaryDirectory(prefix=".new-", dir=target.entries) as staged:
+            entry = Path(staged) / "entry"
+            entry.mkdir(mode=0o755)
+            for name in known["files"]:
+                write_file(entry / name, (path.parent / name).read_bytes())
+            seal(entry, wanted.content, known["label"], facts)
+            for file in entry.iterdir():
+                file.chmod(0o644)
+            try:
+                os.rename(entry, folder)
+            except OSError as error:
+                if not (folder / MANIFEST).exists():
+                    raise CacheError(f"{folder} cannot be written: {error}") from error
+        new += 1
+    return new
+
+
+def forget() -> None:
+    """Forgets which modules were found and which failed, as a new process would."""
+    _paths.clear()
+    _failed.clear()
+    cache.forget()
+
+
+def _after_fork() -> None:
+    global _guard
+    _guard = threading.Lock()
+    _once.clear()  # a lock may be held by a thread that the child does not have
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,148 @@
+"""Every environment variable that attnengine reads, in one place, parsed and checked.
+
+Values are read when asked for, never at import, so a test or a notebook may change them at any
+time. A value that cannot be understood raises ValueError with the variable's name.
+"""
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+"""Instruction sets that CPU modules are compiled for, weakest first."""
+
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
+
+
+def _text(name: str) -> str | None:
+    value = os.environ.get(name)
+    return value if value else None
+
+
+def _number(name: str, default: float) -> float:
+    text = _text(name)
+    if text is None:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{name}={text!r}: expected a number >= 0; unset it for {default:g}")
+    return value
+
+
+def _flag(name: str) -> bool:
+    text = os.environ.get(name, "").lower()
+    if text not in _TRUE + _FALSE:
+        raise ValueError(f"{name}={text!r}: expected 1 or 0")
+    return text in _TRUE
+
+
+def cache_dir() -> Path:
+    """Root of the user's cache: ATTNENGINE_CACHE_DIR, else attnengine/ in the XDG cache folder."""
+    own = _text("ATTNENGINE_CACHE_DIR")
+    if own is not None:
+        return Path(os.path.abspath(os.path.expanduser(own)))
+    xdg = _text("XDG_CACHE_HOME")
+    base = xdg if xdg and os.path.isabs(xdg) else os.path.expanduser("~/.cache")
+    return Path(os.path.abspath(base)) / "attnengine"
+
+
+def cache_limit_bytes() -> int:
+    """ATTNENGINE_CACHE_LIMIT_MB (2048) in bytes; the least recently used entries go beyond it."""
+    return int(_number("ATTNENGINE_CACHE_LIMIT_MB", 2048) * 2**20)
+
+
+def aot_paths() -> tuple[Path, ...]:
+    """ATTNENGINE_AOT_PATH: read-only folders of prebuilt modules, separated by os.pathsep."""
+    text = os.environ.get("ATTNENGINE_AOT_PATH", "")
+    return tuple(Path(os.path.abspath(part)) for part in text.split(os.pathsep) if part)
+
+
+def jit_disabled() -> bool:
+    """ATTNENGINE_DISABLE_JIT: never compile, use only what is prebuilt or already cached."""
+    return _flag("ATTNENGINE_DISABLE_JIT")
+
+
+def isa_override() -> str | None:
+    """ATTNENGINE_ISA: one of ISAS instead of the best that this CPU has, or None."""
+    text = _text("ATTNENGINE_ISA")
+    if text is not None and text not in ISAS:
+        raise ValueError(f"ATTNENGINE_ISA={text!r}: expected one of {', '.join(ISAS)}")
+    return text
+
+
+def compiler_choice() -> tuple[str, str] | None:
+    """The C++ compiler that the user asked for, as (variable, value): ATTNENGINE_CXX, else CXX."""
+    for name in ("ATTNENGINE_CXX", "CXX"):
+        text = _text(name)
+        if text is not None:
+            return name, text
+    return None
+
+
+def search_path() -> str:
+    """PATH, on which compilers are looked for."""
+    return os.environ.get("PATH", os.defpath)
+
+
+def build_timeout_s() -> float:
+    """ATTNENGINE_BUILD_TIMEOUT_S (300): a compile is killed, and a lock given up, after this."""
+    return _number("ATTNENGINE_BUILD_TIMEOUT_S", 300)
+
+
+def keep_failed() -> bool:
+    """ATTNENGINE_KEEP_FAILED: keep everything of every failed build, not the last few logs."""
+    return _flag("ATTNENGINE_KEEP_FAILED")
+
+
+_exported = threading.Condition()
+_holders = 0
+_current: dict[str, str] = {}
+_saved: dict[str, str | None] = {}
+
+
+@contextmanager
+def exported(variables: dict[str, str]) -> Iterator[None]:
+    """Sets environment variables for the code inside, which reads them by itself (torch's
+    cpp_extension). Threads that want the same values share them; one that wants others waits until
+    they are restored. Nothing is touched when the environment already agrees."""
+    global _holders, _current, _saved
+    with _exported:
+        while _holders and variables != _current:
+            _exported.wait()
+        if not _holders:
+            _saved = {name: os.environ.get(name) for name in variables}
+            _current = dict(variables)
+            for name, value in variables.items():
+                if _saved[name] != value:
+                    os.environ[name] = value
+        _holders += 1
+    try:
+        yield
+    finally:
+        with _exported:
+            _holders -= 1
+            if not _holders:
+                for name, old in _saved.items():
+                    if old is None:
+                        os.environ.pop(name, None)
+                    elif os.environ.get(name) != old:
+                        os.environ[name] = old
+                _exported.notify_all()
+
+
+def child_environment(**changes: str) -> dict[str, str]:
+    """A copy of the environment with some variables changed, for a child process."""
+    return {**os.environ, **changes}
+
+
+def _after_fork() -> None:
+    global _exported, _holders
+    _exported, _holders = threading.Condition(), 0
+
+
+os.register_at_fork(after_in_child=_after_fork)
