@@ -1,0 +1,147 @@
+"""The compiled operator library: loads it, and speaks to its kernel registry.
+
+Importing this module registers ``torch.ops.attnengine.forward`` and ``.backward``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+PACKAGE = pathlib.Path(__file__).resolve().parent
+OPS_LIBRARY = PACKAGE / "libattnengine_ops.so"
+
+# ae_dtype of templates/common/abi.h
+DTYPE_CODES: dict[torch.dtype, int] = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.int64: 4,
+    torch.int32: 5,
+    torch.int16: 6,
+    torch.int8: 7,
+    torch.uint8: 8,
+    torch.bool: 9,
+}
+DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
+TILE_CLASSES = ("empty", "partial", "full")
+
+
+def _load() -> Any:
+    if not OPS_LIBRARY.exists():
+        raise ImportError(
+            f"{OPS_LIBRARY} is missing: the operator library is not built; in a checkout run "
+            "`make .venv` (or `pip install --no-build-isolation -e .`)"
+        )
+    torch.ops.load_library(str(OPS_LIBRARY))
+    from attnengine import _host
+
+    return _host
+
+
+host: Any = _load()
+
+
+@dataclass(frozen=True)
+class KernelInfo:
+    """What a loaded kernel module says of itself.
+
+    ``user_stats`` of its ``stats`` saved row statistics are meant for the caller; bit i of
+    ``grad_mask`` says that a backward kernel produces the gradient of captured tensor i;
+    ``captures`` is the (rank, dtype) of each captured tensor, empty when load_kernel was not told.
+    """
+
+    kind: str
+    dtype: torch.dtype
+    D: int
+    Dv: int
+    capture_count: int
+    user_stats: int
+    stats: int
+    grad_mask: int
+    isa: str
+    key: str
+    path: str
+    captures: tuple[tuple[int, torch.dtype], ...]
+
+
+@dataclass(frozen=True)
+class TileRun:
+    """KV tiles ``begin`` to ``end`` (exclusive) of one class: ``"partial"`` or ``"full"``."""
+
+    begin: int
+    end: int
+    tile_class: str
+
+
+def load_kernel(
+    path: str | os.PathLike[str], captures: Iterable[tuple[int, torch.dtype]] | None = None
+) -> int:
+    """Load the kernel module at ``path`` and return its id, the same for the same path.
+
+    ``captures`` gives rank and dtype of each captured tensor that the module was generated for;
+    with it the operators refuse tensors that the module would read wrongly. The caller has verified
+    the file. Raises RuntimeError when it is no kernel module of this ABI or needs instructions that
+    this CPU lacks.
+    """
+    signature = None if captures is None else [(r, DTYPE_CODES[t]) for r, t in captures]
+    return host.load_kernel(os.path.abspath(path), signature)
+
+
+@functools.cache
+def kernel_info(kernel: int) -> KernelInfo:
+    """The description of a loaded kernel. Raises ValueError when no kernel has this id."""
+    info = host.kernel_info(kernel)
+    captures = tuple((rank, DTYPES[code]) for rank, code in info["captures"])
+    return KernelInfo(**{**info, "dtype": DTYPES[info["dtype"]], "captures": captures})
+
+
+def classify(
+    kernel: int,
+    sizes: Sequence[int],
+    captures: Sequence[torch.Tensor] = (),
+    *,
+    b: int = 0,
+    h: int = 0,
+    row_tile: int = 0,
+) -> list[TileRun]:
+    """The runs of KV tiles that a forward kernel walks for one row of tiles.
+
+    ``sizes`` is (B, Hq, Hkv, L, S). Tiles in no run are empty: no key in them is live.
+    """
+    tensors = [(t.data_ptr(), tuple(t.shape), t.stride(), DTYPE_CODES[t.dtype]) for t in captures]
+    runs = host.classify(kernel, list(sizes), tensors, b, h, row_tile)
+    return [TileRun(begin, end, TILE_CLASSES[c]) for begin, end, c in runs]
+
+
+def cpu_isa() -> str:
+    """Best instruction set of this CPU: avx512_bf16, avx512, avx2 or portable."""
+    return host.cpu_isa()
+
+
+def templates_dir() -> pathlib.Path:
+    """The include root of generated units: beside the package in a checkout, else inside it."""
+    for folder in (PACKAGE.parent / "templates", PACKAGE / "templates"):
+        if (folder / "common" / "abi.h").exists():
+            return folder
+    raise FileNotFoundError(
+        f"no kernel templates in {PACKAGE.parent} or in {PACKAGE}; reinstall attnengine"
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions that a bug report should carry."""
+    return {
+        "attnengine": importlib.metadata.version("attnengine"),
+        "torch": torch.__version__,
+        "cpu isa": cpu_isa(),
+        "operator library": str(OPS_LIBRARY),
+    }

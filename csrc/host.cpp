@@ -1,0 +1,193 @@
+// attnengine._host: what Python needs of the kernels that involves no tensors. It includes no torch
+// header and finds the operator library beside itself at first use; attnengine.library loads that
+// library through torch beforehand.
+#include <dlfcn.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "host_api.h"
+#include "isa.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Shape = std::vector<int64_t>;
+using CaptureArg =
+    std::tuple<uintptr_t, Shape, Shape, int32_t>;  // address, shape, strides, ae_dtype
+using TensorArg = std::tuple<Shape, int32_t, int32_t, int32_t>;  // shape, dtype, device, its index
+
+constexpr int64_t kErrorBytes = 4096;
+
+std::string library_path() {
+  Dl_info self;
+  if (dladdr(reinterpret_cast<void*>(&library_path), &self) == 0) {
+    throw std::runtime_error("attnengine._host cannot tell where it was loaded from");
+  }
+  const std::string path = self.dli_fname;
+  return path.substr(0, path.find_last_of('/') + 1) + "libattnengine_ops.so";
+}
+
+const ae_host_api& api() {
+  static const ae_host_api* const found = [] {
+    const std::string path = library_path();
+    void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (library == nullptr) throw std::runtime_error(dlerror());
+    using Getter = const ae_host_api* (*)();
+    auto* get = reinterpret_cast<Getter>(dlsym(library, "attnengine_host_api"));
+    const ae_host_api* table = get == nullptr ? nullptr : get();
+    if (table == nullptr || table->version != AE_HOST_API_VERSION) {
+      throw std::runtime_error(path +
+                               " and attnengine._host come from different builds; reinstall "
+                               "attnengine");
+    }
+    return table;
+  }();
+  return *found;
+}
+
+int32_t load_kernel(const std::string& path,
+                    const std::optional<std::vector<std::pair<int32_t, int32_t>>>& captures) {
+  std::vector<int32_t> ranks(1), dtypes(1);  // never empty: a null pointer means "not declared"
+  if (captures) {
+    ranks.clear();
+    dtypes.clear();
+    for (const auto& [rank, dtype] : *captures) {
+      ranks.push_back(rank);
+      dtypes.push_back(dtype);
+    }
+    ranks.push_back(0);
+  }
+  char error[kErrorBytes];
+  int32_t id;
+  {
+    const ae_host_api& table = api();
+    const py::gil_scoped_release unlocked;
+    id = table.load_kernel(path.c_str(), captures ? ranks.data() : nullptr, dtypes.data(),
+                           captures ? static_cast<int32_t>(captures->size()) : 0, error,
+                           kErrorBytes);
+  }
+  if (id < 0) throw std::runtime_error(error);
+  return id;
+}
+
+py::dict kernel_info(int64_t id) {
+  const ae_module_info* info = api().kernel_info(id);
+  if (info == nullptr) throw py::value_error("kernel=" + std::to_string(id) + ": no such kernel");
+  py::dict d;
+  d["kind"] = info->kind == AE_FORWARD ? "forward" : "backward";
+  d["dtype"] = info->dtype;
+  d["D"] = info->D;
+  d["Dv"] = info->Dv;
+  d["capture_count"] = info->capture_count;
+  d["user_stats"] = info->user_stats;
+  d["stats"] = info->stats;
+  d["grad_mask"] = info->grad_mask;
+  d["isa"] = ae::isa_name(info->isa);
+  d["key"] = info->key;
+  d["path"] = api().kernel_path(id);
+  py::list captures;
+  int32_t rank, dtype;
+  for (int32_t i = 0; i < info->capture_count; ++i) {
+    if (api().kernel_capture(id, i, &rank, &dtype) != 0)
+      captures.append(py::make_tuple(rank, dtype));
+  }
+  d["captures"] = captures;
+  return d;
+}
+
+std::vector<std::tuple<int32_t, int32_t, int32_t>> classify(int64_t id,
+                                                            const std::array<int64_t, 5>& sizes,
+                                                            const std::vector<CaptureArg>& captures,
+                                                            int64_t b, int64_t h,
+                                                            int64_t row_tile) {
+  std::vector<ae_capture> tensors(captures.size());
+  for (size_t i = 0; i < captures.size(); ++i) {
+    const auto& [address, shape, strides, dtype] = captures[i];
+    if (shape.size() > AE_MAX_RANK || shape.size() != strides.size()) {
+      throw py::value_error("captures[" + std::to_string(i) +
+                            "]: shape and strides must have the " + "same length, at most " +
+                            std::to_string(AE_MAX_RANK));
+    }
+    tensors[i].data = reinterpret_cast<const void*>(address);
+    tensors[i].rank = static_cast<int32_t>(shape.size());
+    tensors[i].dtype = dtype;
+    std::copy(shape.begin(), shape.end(), tensors[i].size);
+    std::copy(strides.begin(), strides.end(), tensors[i].stride);
+  }
+  int32_t fault = 0;
+  ae_params p{};
+  p.abi_version = AE_ABI_VERSION;
+  p.bytes = sizeof(ae_params);
+  p.B = sizes[0];
+  p.Hq = sizes[1];
+  p.Hkv = sizes[2];
+  p.L = sizes[3];
+  p.S = sizes[4];
+  p.captures = tensors.data();
+  p.capture_count = static_cast<int32_t>(tensors.size());
+  p.threads = 1;
+  p.fault = &fault;
+  char error[kErrorBytes];
+  std::vector<ae_run> runs(64);
+  for (;;) {
+    const int64_t n = api().classify(id, &p, b, h, row_tile, runs.data(),
+                                     static_cast<int64_t>(runs.size()), error, kErrorBytes);
+    if (n < 0) throw py::value_error(error);
+    const bool fits = n <= static_cast<int64_t>(runs.size());
+    runs.resize(static_cast<size_t>(n));
+    if (fits) break;
+  }
+  std::vector<std::tuple<int32_t, int32_t, int32_t>> result;
+  result.reserve(runs.size());
+  for (const ae_run& r : runs) result.emplace_back(r.begin, r.end, r.tile_class);
+  return result;
+}
+
+ae_host_tensor as_host(const TensorArg& x) {
+  const auto& [shape, dtype, device, index] = x;
+  return {shape.data(), static_cast<int64_t>(shape.size()), dtype, device, index};
+}
+
+void check_forward(int64_t id, const TensorArg& q, const TensorArg& k, const TensorArg& v,
+                   const std::vector<TensorArg>& captures) {
+  const ae_host_tensor qkv[3] = {as_host(q), as_host(k), as_host(v)};
+  std::vector<ae_host_tensor> tensors;
+  for (const TensorArg& x : captures) tensors.push_back(as_host(x));
+  char error[kErrorBytes];
+  if (api().check_forward(id, qkv, tensors.data(), static_cast<int32_t>(tensors.size()), error,
+                          kErrorBytes) < 0) {
+    throw py::value_error(error);
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host, m) {
+  m.doc() = "Kernel registry, tile classes and CPU features; no tensors pass through here.";
+  m.def(
+      "cpu_isa", [] { return ae::isa_name(ae::cpu_isa()); },
+      "Best instruction set of this CPU: 'avx512_bf16', 'avx512', 'avx2' or 'portable'.");
+  m.def("load_kernel", &load_kernel, py::arg("path"), py::arg("captures") = py::none(),
+        "Load a kernel module; returns its id. captures: (rank, dtype code) of each captured "
+        "tensor.");
+  m.def("kernel_info", &kernel_info, py::arg("kernel"), "The module's own description, as a dict.");
+  m.def("classify", &classify, py::arg("kernel"), py::arg("sizes"), py::arg("captures"),
+        py::arg("b"), py::arg("h"), py::arg("row_tile"),
+        "Runs (begin, end, class) of KV tiles that a row of tiles walks; sizes = (B, Hq, Hkv, L, "
+        "S).");
+  m.def("check_forward", &check_forward, py::arg("kernel"), py::arg("q"), py::arg("k"),
+        py::arg("v"), py::arg("captures"),
+        "The operator's argument checks on (shape, dtype code, device code, device index) tuples.");
+  m.def(
+      "set_poison", [](bool on) { api().set_poison(on ? 1 : 0); }, py::arg("on"),
+      "Fill results and scratch with NaN before each launch (for tests).");
+}

@@ -1,0 +1,116 @@
+#include "host_api.h"
+
+#include <algorithm>
+#include <cstring>
+#include <exception>
+#include <string>
+#include <vector>
+
+#include "isa.h"
+#include "tensor.h"
+
+namespace {
+
+void report(const char* text, char* error, int64_t error_bytes) {
+  if (error_bytes <= 0) return;
+  const auto n = std::min<size_t>(std::strlen(text), static_cast<size_t>(error_bytes) - 1);
+  std::memcpy(error, text, n);
+  error[n] = '\0';
+}
+
+// Exceptions stay on this side of the C boundary.
+template <class Result, class Body>
+Result guarded(char* error, int64_t error_bytes, Body body) {
+  try {
+    return body();
+  } catch (const std::exception& e) {
+    report(e.what(), error, error_bytes);
+    return -1;
+  }
+}
+
+const ae::Kernel& kernel_of(int64_t id) {
+  const ae::Kernel* kernel = ae::find_kernel(id);
+  if (kernel == nullptr) {
+    ae::value_error("kernel=" + std::to_string(id) + ": no such kernel is loaded in this process");
+  }
+  return *kernel;
+}
+
+int32_t load_kernel(const char* path, const int32_t* ranks, const int32_t* dtypes,
+                    int32_t capture_count, char* error, int64_t error_bytes) {
+  return guarded<int32_t>(error, error_bytes, [&] {
+    if (ranks == nullptr) return ae::load_kernel(path, nullptr, 0);
+    std::vector<ae::CaptureSignature> signature(static_cast<size_t>(capture_count) + 1);
+    for (int32_t i = 0; i < capture_count; ++i) signature[i] = {ranks[i], dtypes[i]};
+    return ae::load_kernel(path, signature.data(), capture_count);
+  });
+}
+
+const ae_module_info* kernel_info(int64_t id) {
+  const ae::Kernel* kernel = ae::find_kernel(id);
+  return kernel == nullptr ? nullptr : &kernel->info;
+}
+
+const char* kernel_path(int64_t id) {
+  const ae::Kernel* kernel = ae::find_kernel(id);
+  return kernel == nullptr ? nullptr : kernel->path.c_str();
+}
+
+int32_t kernel_capture(int64_t id, int32_t index, int32_t* rank, int32_t* dtype) {
+  const ae::Kernel* kernel = ae::find_kernel(id);
+  if (kernel == nullptr || !kernel->has_signature) return 0;
+  *rank = kernel->captures[index].rank;
+  *dtype = kernel->captures[index].dtype;
+  return 1;
+}
+
+int64_t classify(int64_t id, const ae_params* params, int64_t b, int64_t h, int64_t row_tile,
+                 ae_run* out, int64_t capacity, char* error, int64_t error_bytes) {
+  return guarded<int64_t>(error, error_bytes, [&] {
+    const ae::Kernel& kernel = kernel_of(id);
+    if (kernel.classify == nullptr) {
+      ae::value_error("kernel=" + std::to_string(id) +
+                      " has no tile classifier; only forward kernels do");
+    }
+    ae::check_capture_count(kernel.info, params->capture_count);
+    return kernel.classify(params, b, h, row_tile, out, capacity);
+  });
+}
+
+ae::TensorView as_view(const char* name, const ae_host_tensor& x) {
+  return {name,
+          nullptr,
+          x.size,
+          nullptr,
+          x.rank,
+          x.dtype,
+          static_cast<ae::DeviceKind>(x.device),
+          x.device_index};
+}
+
+int32_t check_forward(int64_t id, const ae_host_tensor* qkv, const ae_host_tensor* captures,
+                      int32_t capture_count, char* error, int64_t error_bytes) {
+  return guarded<int32_t>(error, error_bytes, [&] {
+    const ae::Kernel& kernel = kernel_of(id);
+    const ae::TensorView q = as_view("q", qkv[0]);
+    ae::check_operands(kernel.info, q, as_view("k", qkv[1]), as_view("v", qkv[2]));
+    ae::check_capture_count(kernel.info, capture_count);
+    for (int32_t i = 0; i < capture_count; ++i) {
+      ae::check_capture(kernel, i, as_view("captures", captures[i]), q);
+    }
+    return 0;
+  });
+}
+
+int32_t cpu_isa() { return ae::cpu_isa(); }
+
+void set_poison(int32_t on) { ae::poison_buffers.store(on != 0); }
+
+constexpr ae_host_api kApi = {AE_HOST_API_VERSION, load_kernel,    kernel_info,
+                              kernel_path,         kernel_capture, classify,
+                              check_forward,       cpu_isa,        set_poison};
+
+}  // namespace
+
+const ae_host_api* attnengine_host_api(void) { return &kApi; }

@@ -1,0 +1,48 @@
+// C entry points of the operator library for attnengine._host, which resolves them at run time and
+// so depends on neither torch nor this library's C++ ABI.
+#pragma once
+#include <stdint.h>
+
+#include "common/abi.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define AE_HOST_API_VERSION 1
+
+// One tensor argument for the argument checks; `device` is ae::DeviceKind.
+typedef struct ae_host_tensor {
+  const int64_t* size;
+  int64_t rank;
+  int32_t dtype;
+  int32_t device;
+  int32_t device_index;
+} ae_host_tensor;
+
+// Functions that can fail return a negative value and write the reason to `error`.
+typedef struct ae_host_api {
+  uint32_t version;
+  // `ranks` and `dtypes` describe the captured tensors that the module was generated for; null when
+  // unknown. Returns the kernel's id.
+  int32_t (*load_kernel)(const char* path, const int32_t* ranks, const int32_t* dtypes,
+                         int32_t capture_count, char* error, int64_t error_bytes);
+  const ae_module_info* (*kernel_info)(int64_t id);  // null: no such kernel
+  const char* (*kernel_path)(int64_t id);
+  // Rank and ae_dtype that captured tensor `index` was declared with; 0 when nothing was declared.
+  int32_t (*kernel_capture)(int64_t id, int32_t index, int32_t* rank, int32_t* dtype);
+  // The number of runs of that row of tiles (as in ae_classify).
+  int64_t (*classify)(int64_t id, const ae_params* params, int64_t b, int64_t h, int64_t row_tile,
+                      ae_run* out, int64_t capacity, char* error, int64_t error_bytes);
+  // The checks that forward applies to q, k, v and captures. 0 = they pass.
+  int32_t (*check_forward)(int64_t id, const ae_host_tensor* qkv, const ae_host_tensor* captures,
+                           int32_t capture_count, char* error, int64_t error_bytes);
+  int32_t (*cpu_isa)(void);
+  void (*set_poison)(int32_t on);
+} ae_host_api;
+
+__attribute__((visibility("default"))) const ae_host_api* attnengine_host_api(void);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,111 @@
+#include "registry.h"
+
+#include <dlfcn.h>
+
+#include <array>
+#include <atomic>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+
+#include "isa.h"
+
+namespace ae {
+namespace {
+
+// Readers index the table without a lock, so it never moves. 64 Ki pointers are 512 KiB of zero
+// pages that cost nothing until used; a process with more kernels than that has lost its cache.
+constexpr int32_t kMaxKernels = 1 << 16;
+std::array<std::atomic<const Kernel*>, kMaxKernels> table;
+
+struct Writer {
+  std::mutex mutex;
+  std::map<std::string, int32_t> by_path;
+  int32_t count = 0;
+};
+
+// Leaked on purpose: other threads may still launch kernels while static objects are destroyed.
+Writer& writer() {
+  static Writer* instance = new Writer;
+  return *instance;
+}
+
+[[noreturn]] void refuse(const std::string& path, const std::string& why) {
+  throw std::runtime_error("kernel module " + path + ": " + why);
+}
+
+template <class Fn>
+Fn symbol(void* handle, const std::string& path, const char* name) {
+  void* address = dlsym(handle, name);
+  if (address == nullptr) refuse(path, std::string("symbol ") + name + " is missing");
+  return reinterpret_cast<Fn>(address);
+}
+
+std::unique_ptr<Kernel> open_module(const std::string& path) {
+  void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (handle == nullptr) {
+    const char* reason = dlerror();
+    refuse(path, std::string("cannot be loaded: ") + (reason ? reason : "unknown error"));
+  }
+  try {
+    const ae_module_info* info = symbol<ae_info_fn>(handle, path, "ae_info")();
+    if (info->abi_version != AE_ABI_VERSION || info->params_bytes != sizeof(ae_params)) {
+      refuse(path, "built for kernel ABI " + std::to_string(info->abi_version) + " (" +
+                       std::to_string(info->params_bytes) +
+                       " bytes of parameters), this library has " + std::to_string(AE_ABI_VERSION) +
+                       " (" + std::to_string(sizeof(ae_params)) +
+                       "); clear the cache with: attnengine cache clear");
+    }
+    if (info->isa > cpu_isa()) {
+      refuse(path, std::string("needs ") + isa_name(info->isa) + ", this CPU supports " +
+                       isa_name(cpu_isa()) + "; rebuild it for this machine");
+    }
+    auto kernel = std::make_unique<Kernel>();
+    kernel->info = *info;
+    kernel->workspace_bytes = symbol<ae_workspace_fn>(handle, path, "ae_workspace_bytes");
+    kernel->launch = symbol<ae_launch_fn>(handle, path, "ae_launch");
+    kernel->classify = reinterpret_cast<ae_classify_fn>(dlsym(handle, "ae_classify"));
+    kernel->path = path;
+    kernel->has_signature = false;
+    return kernel;
+  } catch (...) {
+    dlclose(handle);
+    throw;
+  }
+}
+
+}  // namespace
+
+int32_t load_kernel(const std::string& path, const CaptureSignature* captures,
+                    int32_t capture_count) {
+  Writer& w = writer();
+  const std::lock_guard<std::mutex> lock(w.mutex);
+  if (const auto found = w.by_path.find(path); found != w.by_path.end()) return found->second;
+  if (w.count == kMaxKernels) {
+    refuse(path,
+           std::to_string(kMaxKernels) +
+               " kernels are loaded already; a spec that bakes a changing constant into its code "
+               "should capture it as a 0-d tensor");
+  }
+  std::unique_ptr<Kernel> kernel = open_module(path);
+  if (captures != nullptr) {
+    if (capture_count != kernel->info.capture_count) {
+      refuse(path, "captures " + std::to_string(kernel->info.capture_count) + " tensors, " +
+                       std::to_string(capture_count) + " were declared");
+    }
+    kernel->captures.assign(captures, captures + capture_count);
+    kernel->has_signature = true;
+  }
+  const int32_t id = w.count++;
+  w.by_path.emplace(path, id);
+  table[id].store(kernel.release(), std::memory_order_release);
+  return id;
+}
+
+const Kernel* find_kernel(int64_t id) {
+  if (id < 0 || id >= kMaxKernels) return nullptr;
+  return table[id].load(std::memory_order_acquire);
+}
+
+}  // namespace ae
