@@ -159,8 +159,8 @@ class Forward {
     const int64_t *ks = p_.k_stride, *vs = p_.v_stride, key = kv_tile * kBlockN;
     const StridedRows<Elem> kr{(const Elem*)p_.k + b * ks[0] + h * ks[1] + key * ks[2], ks[2]};
     const StridedRows<Elem> vr{(const Elem*)p_.v + b * vs[0] + h * vs[1] + key * vs[2], vs[2]};
-    pack_by_column<Acc, M, kD>(k, kr, ks[3], n, kBlockN, k_mod());
-    return pack_by_row<Acc, M, kDv>(v, vr, vs[3], n, kBlockN, v_mod());
+    pack_by_column<Acc, M, kD>(k, kr, ks[3], n, kBlockN, k_mod(), kBlockN * ks[2]);
+    return pack_by_row<Acc, M, kDv>(v, vr, vs[3], n, kBlockN, v_mod(), kBlockN * vs[2]);
   }
 
   M* packed_k(int64_t tile) const { return (M*)(base_ + at_.k) + tile * Scratch::kKTile; }

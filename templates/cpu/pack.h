@@ -18,6 +18,13 @@
 
 namespace ae {
 
+template <class P>
+struct Pointee;
+template <class E>
+struct Pointee<const E*> {
+  using type = E;
+};
+
 // The absent operand mod.
 struct NoMod {};
 
@@ -66,20 +73,38 @@ struct Packed<A, bf16> {
 // Collects whether any packed value was Inf or NaN.
 template <class A, class M>
 class NonFinite {
+  static constexpr int W = Lanes<A>::W;
   using V = typename Packed<A, M>::V;
+  using Unit = Vector<decltype(mask_element<A>()), W>;
+  using Pairs = Vector<uint16_t, 2 * W>;
   V seen_{};
+  Pairs seen_pairs_{};
+
+  template <class U>
+  static AE_INLINE U exponent_full(U x) {
+    return (U)((x & uint16_t(0x7f80)) == uint16_t(0x7f80));
+  }
 
  public:
   AE_INLINE void add(V x) {
     if constexpr (__is_same(M, bf16)) {
-      seen_ |= (V)((x & uint16_t(0x7f80)) == uint16_t(0x7f80));
+      seen_ |= exponent_full(x);
     } else {
       seen_ += x * A(0);
     }
   }
+  // W whole units: elements, or pairs of bf16.
+  AE_INLINE void add_units(Unit x) {
+    if constexpr (__is_same(M, bf16)) {
+      seen_pairs_ |= exponent_full((Pairs)x);
+    } else {
+      add((V)x);
+    }
+  }
   AE_INLINE bool any() const {
     bool found = false;
-    for (int i = 0; i < Lanes<A>::W; ++i) found |= seen_[i] != 0;
+    for (int i = 0; i < W; ++i) found |= seen_[i] != 0;
+    for (int i = 0; i < 2 * W; ++i) found |= seen_pairs_[i] != 0;
     return found;
   }
 };
@@ -118,10 +143,11 @@ AE_INLINE typename Packed<A, M>::V load_packed(const E* p, int64_t col, int coun
 }
 
 template <class A, class M, int D, class E, class Mod>
-AE_INLINE bool pack_row(M* dst, const E* src, int64_t col, const Mod& mod) {
+AE_INLINE bool pack_row(M* dst, const E* src, int64_t col, const Mod& mod, int64_t ahead = 0) {
   constexpr int W = Lanes<A>::W;
   NonFinite<A, M> bad;
   for (int d = 0; d < D; d += W) {
+    __builtin_prefetch(src + d * col + ahead, 0, 2);
     const auto v = load_packed<A, M>(src + d * col, col, D - d < W ? D - d : W, mod);
     bad.add(v);
     store_vector(dst + d, v);
@@ -130,18 +156,20 @@ AE_INLINE bool pack_row(M* dst, const E* src, int64_t col, const Mod& mod) {
 }
 
 template <class A, class M, int D, class Row, class Mod>
-bool pack_rows(M* dst, const Row& row, int64_t col, int n, int rows, const Mod& mod) {
+bool pack_rows(M* dst, const Row& row, int64_t col, int n, int rows, const Mod& mod,
+               int64_t ahead = 0) {
   constexpr int kPitch = row_pitch<A>(D);
   bool bad = false;
   for (int i = 0; i < n; ++i) {
-    bad |= pack_row<A, M, D>(dst + int64_t(i) * kPitch, row(i), col, mod);
+    bad |= pack_row<A, M, D>(dst + int64_t(i) * kPitch, row(i), col, mod, ahead);
   }
   __builtin_memset(dst + int64_t(n) * kPitch, 0, sizeof(M) * uint64_t(rows - n) * kPitch);
   return bad;
 }
 
 template <class A, int D, class Row, class Mod>
-bool pack_pairs(bf16* dst, const Row& row, int64_t col, int n, int rows, const Mod& mod) {
+bool pack_pairs(bf16* dst, const Row& row, int64_t col, int n, int rows, const Mod& mod,
+                int64_t ahead = 0) {
   constexpr int W = Lanes<A>::W, kPitch = row_pitch<A>(D);
   using H = typename Packed<A, bf16>::V;
   using U = Vector<uint32_t, W>;
@@ -151,6 +179,8 @@ bool pack_pairs(bf16* dst, const Row& row, int64_t col, int n, int rows, const M
     bf16* out = dst + int64_t(i) * kPitch;
     for (int d = 0; d < D; d += W) {
       const int count = D - d < W ? D - d : W;
+      __builtin_prefetch(even + d * col + ahead, 0, 2);
+      __builtin_prefetch(odd + d * col + ahead, 0, 2);
       const H lo = load_packed<A, bf16>(even + d * col, col, count, mod);
       H hi = load_packed<A, bf16>(odd + d * col, col, count, mod);
       if (i + 1 >= n) hi = H{};
@@ -189,20 +219,37 @@ AE_INLINE void transpose(V (&x)[W]) {
 }
 
 template <class A, class M, int D, class Row, class Mod>
-bool pack_transposed(M* dst, const Row& row, int64_t col, int n, int rows, const Mod& mod) {
+bool pack_transposed(M* dst, const Row& row, int64_t col, int n, int rows, const Mod& mod,
+                     int64_t ahead = 0) {
   constexpr int W = Lanes<A>::W;
   constexpr int kPair = __is_same(M, A) ? 1 : 2;  // elements of one transposed unit
   constexpr int kUnits = (D + kPair - 1) / kPair;
+  using E = typename Pointee<decltype(row(0))>::type;
   using H = typename Packed<A, M>::V;
   using Unit = Vector<decltype(mask_element<A>()), W>;
+  constexpr bool kRaw = __is_same(M, E) && __is_same(Mod, NoMod);
   NonFinite<A, M> bad;
   for (int i0 = 0; i0 < rows; i0 += W) {
     for (int u0 = 0; u0 < kUnits; u0 += W) {
       Unit block[W];
+      M* out = dst + (int64_t(u0) * rows + i0) * kPair;
+      if (kRaw && col == 1 && i0 + W <= n && (u0 + W) * kPair <= D) {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) {
+          const E* p = row(i0 + i) + u0 * kPair;
+          __builtin_prefetch(p + ahead, 0, 2);
+          block[i] = load_vector<Unit>(p);
+          bad.add_units(block[i]);
+        }
+        transpose<1>(block);
+#pragma GCC unroll 16
+        for (int u = 0; u < W; ++u) store_vector(out + int64_t(u) * rows * kPair, block[u]);
+        continue;
+      }
       for (int i = 0; i < W; ++i) {
         H part[kPair]{};
         if (i0 + i < n) {
-          const auto* p = row(i0 + i);
+          const E* p = row(i0 + i);
           for (int h = 0; h < kPair; ++h) {
             const int d = u0 * kPair + h * W;
             const int left = D - d < 0 ? 0 : D - d;
@@ -214,7 +261,7 @@ bool pack_transposed(M* dst, const Row& row, int64_t col, int n, int rows, const
       }
       transpose<1>(block);
       for (int u = 0; u < W && u0 + u < kUnits; ++u) {
-        store_vector(dst + (int64_t(u0 + u) * rows + i0) * kPair, block[u]);
+        store_vector(out + int64_t(u) * rows * kPair, block[u]);
       }
     }
   }
@@ -223,18 +270,19 @@ bool pack_transposed(M* dst, const Row& row, int64_t col, int n, int rows, const
 
 // B operand over rows (V for PV, K for dQ, Q for dK, dO for dV).
 template <class A, class M, int D, class Row, class Mod>
-AE_INLINE bool pack_by_row(M* dst, const Row& row, int64_t col, int n, int rows, const Mod& mod) {
+AE_INLINE bool pack_by_row(M* dst, const Row& row, int64_t col, int n, int rows, const Mod& mod,
+                           int64_t ahead = 0) {
   if constexpr (__is_same(M, A)) {
-    return pack_rows<A, M, D>(dst, row, col, n, rows, mod);
+    return pack_rows<A, M, D>(dst, row, col, n, rows, mod, ahead);
   } else {
-    return pack_pairs<A, D>(dst, row, col, n, rows, mod);
+    return pack_pairs<A, D>(dst, row, col, n, rows, mod, ahead);
   }
 }
 // B operand over D (K for QK, V for dO V).
 template <class A, class M, int D, class Row, class Mod>
-AE_INLINE bool pack_by_column(M* dst, const Row& row, int64_t col, int n, int rows,
-                              const Mod& mod) {
-  return pack_transposed<A, M, D>(dst, row, col, n, rows, mod);
+AE_INLINE bool pack_by_column(M* dst, const Row& row, int64_t col, int n, int rows, const Mod& mod,
+                              int64_t ahead = 0) {
+  return pack_transposed<A, M, D>(dst, row, col, n, rows, mod, ahead);
 }
 
 }  // namespace ae
