@@ -349,7 +349,9 @@ def text_put(kind: str, digest: str, text: str) -> None:
 
 def forget() -> None:
     """Forgets which roots were found usable, as a new process would."""
+    global _private
     with _guard:
+        _private = None
         _user.clear()
         _read_only.clear()
         _bad_aot.clear()

@@ -64,6 +64,7 @@ def unlock(descriptor: int) -> None:
     """Gives back what try_lock returned."""
     if descriptor in _held:
         _held.discard(descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # at once, even if a child is just being forked
         os.close(descriptor)
 
 

@@ -188,8 +188,11 @@ def _doctor(options: Any) -> int:
     except importlib.metadata.PackageNotFoundError:
         print("torch     MISSING: pip install torch")
         wrong = 1
-    threads = len(os.sched_getaffinity(0))
-    print(f"processor {processor_isa()}, {threads} hardware threads for this process")
+    try:
+        isa = importlib.import_module("attnengine._host").cpu_isa()
+    except ImportError as error:
+        isa, wrong = f"unknown (the operator library is not built: {error})", 1
+    print(f"processor {isa}, {len(os.sched_getaffinity(0))} hardware threads for this process")
     if settings.isa_override() is not None:
         print(f"          ATTNENGINE_ISA asks for {settings.isa_override()}")
     if isinstance(compiler, Compiler):
@@ -214,21 +217,6 @@ def _doctor(options: Any) -> int:
         known = len(cache_upkeep.modules(Store(root)))
         print(f"prebuilt  {root}: {known} modules")
     return wrong
-
-
-def processor_isa() -> str:
-    """The strongest of settings.ISAS that this processor has, by the flags that Linux lists."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return "portable"
-    flags = set(next((x for x in text.splitlines() if x.startswith("flags")), "").split())
-    avx512 = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-    if not {"avx2", "fma", "bmi2", "f16c"} <= flags:
-        return "portable"
-    if not avx512 <= flags:
-        return "avx2"
-    return "avx512_bf16" if "avx512_bf16" in flags else "avx512"
 
 
 def _size(count: float) -> str:

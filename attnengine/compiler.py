@@ -193,7 +193,7 @@ def _failure(log: str, overdue: bool, timeout_s: float) -> Exception:
     for text in ("No space left on device", "Disk quota exceeded", "Read-only file system"):
         if text in log:
             return OSError(errno.ENOSPC, f"{text} while compiling: {log[-2000:]}")
-    if "Killed signal terminated program" in log:
+    if "error: " not in log or "Killed signal terminated program" in log:
         return CompileFailed("the compiler was killed (out of memory?)", log, final=False)
     return CompileFailed("the compiler rejected it", log, final=": error: " in log)
 
