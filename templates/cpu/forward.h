@@ -14,8 +14,8 @@
 #pragma once
 #include "common/env.h"
 #include "common/segments.h"
+#include "cpu/direct.h"
 #include "cpu/forward_work.h"
-#include "cpu/gemm.h"
 
 namespace ae {
 
@@ -43,6 +43,9 @@ constexpr bool score_can_die() {
     return false;
   }
 }
+
+// Up to this many rows, keys and values are read where they lie; beyond, packing a tile pays off.
+constexpr int kDirectRows = 8;
 
 template <class Plan, class Fn>
 class Forward {
@@ -153,23 +156,30 @@ class Forward {
     return int(left < kBlockN ? left : kBlockN);
   }
 
-  // Packs one tile of K and V; returns whether the V tile holds Inf or NaN.
-  __attribute__((noinline)) bool pack_kv(int64_t b, int64_t h, int64_t kv_tile, M* k, M* v) const {
-    const int n = keys_in(kv_tile);
-    const int64_t *ks = p_.k_stride, *vs = p_.v_stride, key = kv_tile * kBlockN;
-    const StridedRows<Elem> kr{(const Elem*)p_.k + b * ks[0] + h * ks[1] + key * ks[2], ks[2]};
-    const StridedRows<Elem> vr{(const Elem*)p_.v + b * vs[0] + h * vs[1] + key * vs[2], vs[2]};
-    pack_by_column<Acc, M, kD>(k, kr, ks[3], n, kBlockN, k_mod(), kBlockN * ks[2]);
-    return pack_by_row<Acc, M, kDv>(v, vr, vs[3], n, kBlockN, v_mod(), kBlockN * vs[2]);
+  static StridedRows<Elem> rows_of(const void* data, const int64_t* stride, int64_t b, int64_t h,
+                                   int64_t first) {
+    return {(const Elem*)data + b * stride[0] + h * stride[1] + first * stride[2], stride[2]};
+  }
+  __attribute__((noinline)) void pack_k(int64_t b, int64_t h, int64_t kv_tile, M* k) const {
+    const int64_t* s = p_.k_stride;
+    pack_by_column<Acc, M, kD>(k, rows_of(p_.k, s, b, h, kv_tile * kBlockN), s[3], keys_in(kv_tile),
+                               kBlockN, k_mod(), kBlockN * s[2]);
+  }
+  // Returns whether the tile holds Inf or NaN.
+  __attribute__((noinline)) bool pack_v(int64_t b, int64_t h, int64_t kv_tile, M* v) const {
+    const int64_t* s = p_.v_stride;
+    return pack_by_row<Acc, M, kDv>(v, rows_of(p_.v, s, b, h, kv_tile * kBlockN), s[3],
+                                    keys_in(kv_tile), kBlockN, v_mod(), kBlockN * s[2]);
   }
 
   M* packed_k(int64_t tile) const { return (M*)(base_ + at_.k) + tile * Scratch::kKTile; }
   M* packed_v(int64_t tile) const { return (M*)(base_ + at_.v) + tile * Scratch::kVTile; }
 
   void pack_ahead(int64_t tile) {
-    const int64_t head = tile / sizes_.kv_tiles;
-    base_[at_.bad + tile] = pack_kv(head / sizes_.Hkv, head % sizes_.Hkv, tile % sizes_.kv_tiles,
-                                    packed_k(tile), packed_v(tile));
+    const int64_t head = tile / sizes_.kv_tiles, kv_tile = tile % sizes_.kv_tiles;
+    const int64_t b = head / sizes_.Hkv, h = head % sizes_.Hkv;
+    pack_k(b, h, kv_tile, packed_k(tile));
+    base_[at_.bad + tile] = pack_v(b, h, kv_tile, packed_v(tile));
   }
 
   void pack_q(const ForwardTile<Plan>& tile, M* q) const {
@@ -222,34 +232,69 @@ class Forward {
     }
   }
 
+  // Whether a few rows may read whole tiles of K, or of V, where they lie.
+  static constexpr bool kDirectK = __is_same(M, Elem) && !Fn::kHasKMod && kD % (L::W * kPair) == 0;
+  static constexpr bool kDirectV = __is_same(M, Elem) && !Fn::kHasVMod && kDv % (L::W * kPair) == 0;
+  bool direct(const int64_t* stride, int rows, int ncols) const {
+    return !sizes_.pack_ahead && rows <= kDirectRows && ncols == kBlockN && stride[3] == 1;
+  }
+
   void add_keys(const ForwardTile<Plan>& tile, Rows& rows, int64_t kv_tile, bool full,
                 char* scratch, Acc* out) const {
-    const M* q = (const M*)(scratch + Scratch::kQ);
     Acc* scores = (Acc*)(scratch + Scratch::kScores);
     M* weights = (M*)(scratch + Scratch::kWeights);
-    M *k = (M*)(scratch + Scratch::kK), *v = (M*)(scratch + Scratch::kV);
-    bool bad_v;
-    if (sizes_.pack_ahead) {
-      const int64_t packed = tile.kv_head * sizes_.kv_tiles + kv_tile;
-      k = packed_k(packed), v = packed_v(packed);
-      bad_v = base_[at_.bad + packed];
-    } else {
-      bad_v = pack_kv(tile.kv_b, tile.kv_h, kv_tile, k, v);
-    }
-    gemm<Acc, M, kBlockN, GemmMode::kOverwrite>(tile.count, (kD + kPair - 1) / kPair, q,
-                                                Scratch::kQPitch, kPair, k, kBlockN, scores,
-                                                kBlockN);
     const int ncols = keys_in(kv_tile);
+    const int64_t packed = tile.kv_head * sizes_.kv_tiles + kv_tile;
+    score(tile, kv_tile, ncols, packed, scratch, scores);
     const bool partial = !full || ncols < kBlockN;
     const bool live = partial ? weigh<true>(tile, rows, scores, weights, kv_tile, ncols, full)
                               : weigh<false>(tile, rows, scores, weights, kv_tile, ncols, full);
     if (!live) return;
     if constexpr (!Plan::kBf16Dot) weights = (M*)scores;
+    // Dead keys must not be multiplied, so only a tile without any may be read where it lies.
+    if constexpr (kDirectV && !score_can_die<Fn>()) {
+      if (!partial && direct(p_.v_stride, tile.count, ncols)) {
+        const int64_t key = kv_tile * kBlockN, ld = p_.v_stride[2];
+        const Elem* v = rows_of(p_.v, p_.v_stride, tile.kv_b, tile.kv_h, key).base;
+        using B = typename NaturalLoader<M, kBlockN>::type;
+        gemm<Acc, M, kOutPitch, GemmMode::kScale, B>(tile.count, kBlockN / kPair, weights, kBlockN,
+                                                     kPair, v, ld, out, kOutPitch, rows.factor);
+        return;
+      }
+    }
+    M* v = (M*)(scratch + Scratch::kV);
+    bool bad_v;
+    if (sizes_.pack_ahead) {
+      v = packed_v(packed);
+      bad_v = base_[at_.bad + packed];
+    } else {
+      bad_v = pack_v(tile.kv_b, tile.kv_h, kv_tile, v);
+    }
     if (bad_v && (partial || score_can_die<Fn>())) {
       return multiply_live(tile.count, rows.factor, weights, v, out);
     }
-    gemm<Acc, M, kOutPitch, GemmMode::kScale>(tile.count, kBlockN / kPair, weights, kBlockN, kPair,
-                                              v, kOutPitch, out, kOutPitch, rows.factor);
+    const int steps = (ncols + kPair - 1) / kPair;  // the weights beyond are 0
+    gemm<Acc, M, kOutPitch, GemmMode::kScale>(tile.count, steps, weights, kBlockN, kPair, v,
+                                              kOutPitch, out, kOutPitch, rows.factor);
+  }
+
+  // Raw dot products of the rows with one tile of keys.
+  void score(const ForwardTile<Plan>& tile, int64_t kv_tile, int ncols, int64_t packed,
+             char* scratch, Acc* scores) const {
+    const M* q = (const M*)(scratch + Scratch::kQ);
+    if constexpr (kDirectK) {
+      if (direct(p_.k_stride, tile.count, ncols)) {
+        const int64_t key = kv_tile * kBlockN;
+        const Elem* k = rows_of(p_.k, p_.k_stride, tile.kv_b, tile.kv_h, key).base;
+        return direct_scores<Acc, M, kD>(tile.count, q, Scratch::kQPitch, k, p_.k_stride[2],
+                                         kBlockN, scores, kBlockN);
+      }
+    }
+    M* k = sizes_.pack_ahead ? packed_k(packed) : (M*)(scratch + Scratch::kK);
+    if (!sizes_.pack_ahead) pack_k(tile.kv_b, tile.kv_h, kv_tile, k);
+    gemm<Acc, M, kBlockN, GemmMode::kOverwrite>(tile.count, (kD + kPair - 1) / kPair, q,
+                                                Scratch::kQPitch, kPair, k, kBlockN, scores,
+                                                kBlockN);
   }
 
   // Scores to weights, row by row. Returns whether any row has a live key in this tile.

@@ -10,7 +10,8 @@
 //           elements of the pair are adjacent. So a natural [m][lda] tile is (a_row = lda,
 //           a_step = 1), or a_step = 2 for bf16; a transposed tile [k][lda] is (1, lda); and
 //           transposed bf16 pairs [k/2][lda][2] are (2, 2 * lda).
-//   b       [k][ldb], or pairs [k/2][ldb][2] for bf16; ldb counts columns in both.
+//   b       [k][ldb], or pairs [k/2][ldb][2] for bf16; ldb counts columns in both. With the loader
+//           NaturalRows, bf16 rows [k][ldb] as they lie in memory, paired in registers.
 //   c       row-major Acc, ldc elements between rows.
 //   mode    kOverwrite: C = AB. kAccumulate: C += AB. kScale: row i of C = C * factor[i] + AB.
 //
@@ -79,10 +80,58 @@ AE_INLINE void store_multiply(M* p, V x) {
   store_vector(p, x);
 }
 
+// Loaders of kRegs * W columns of B for one step.
+template <class M, int kPair>
+struct PackedRows {
+  static constexpr int kColumn = kPair;  // elements of B between columns
+  template <class V, int kRegs>
+  static AE_INLINE void load(V (&bv)[kRegs], const M* b, int64_t) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kRegs; ++j) {
+      bv[j] = load_vector<V>(b + j * int64_t(sizeof(V) / sizeof(M)));
+    }
+  }
+};
+// Two bf16 rows become vectors of pairs; for kRegs even. Fetches ahead what the same call will read
+// kAhead rows later: rows are read once, straight from memory.
+template <int kAhead>
+struct NaturalRows {
+  static constexpr int kColumn = 1;
+  template <class V, int kRegs>
+  static AE_INLINE void load(V (&bv)[kRegs], const bf16* b, int64_t ldb) {
+    constexpr int kLanes = sizeof(V) / sizeof(bf16);
+    using H = Vector<uint16_t, kLanes>;
+    H low, high;
+    for (int i = 0; i < kLanes; ++i) {
+      low[i] = uint16_t(i / 2 + i % 2 * kLanes);
+      high[i] = uint16_t(kLanes / 2 + i / 2 + i % 2 * kLanes);
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < kRegs / 2; ++j) {
+      const bf16* p = b + j * kLanes;
+      __builtin_prefetch(p + kAhead * ldb, 0, 2);
+      __builtin_prefetch(p + (kAhead + 1) * ldb, 0, 2);
+      const H even = load_vector<H>(p), odd = load_vector<H>(p + ldb);
+      bv[2 * j] = (V)__builtin_shuffle(even, odd, low);
+      bv[2 * j + 1] = (V)__builtin_shuffle(even, odd, high);
+    }
+  }
+};
+
+// The loader of rows as they lie in memory.
+template <class M, int kAhead>
+struct NaturalLoader {
+  using type = PackedRows<M, 1>;
+};
+template <int kAhead>
+struct NaturalLoader<bf16, kAhead> {
+  using type = NaturalRows<kAhead>;
+};
+
 // kRows x (kRegs * W) of C, held in registers over all steps.
-template <class Acc, class M, int kRows, int kRegs, GemmMode kMode>
+template <class Acc, class M, int kRows, int kRegs, GemmMode kMode, class B>
 AE_INLINE void gemm_block(int64_t steps, const M* a, int64_t a_row, int64_t a_step, const M* b,
-                          int64_t b_step, Acc* c, int64_t ldc, const Acc* factor) {
+                          int64_t ldb, Acc* c, int64_t ldc, const Acc* factor) {
   using Step = GemmStep<Acc, M>;
   using V = typename Step::V;
   constexpr int W = Lanes<Acc>::W;
@@ -99,10 +148,9 @@ AE_INLINE void gemm_block(int64_t steps, const M* a, int64_t a_row, int64_t a_st
       }
     }
   }
-  for (int64_t s = 0; s < steps; ++s, a += a_step, b += b_step) {
+  for (int64_t s = 0; s < steps; ++s, a += a_step, b += ldb * Step::kPair) {
     V bv[kRegs];
-#pragma GCC unroll 8
-    for (int j = 0; j < kRegs; ++j) bv[j] = load_vector<V>(b + j * W * Step::kPair);
+    B::load(bv, b, ldb);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       const V av = Step::broadcast(a + i * a_row);
@@ -118,15 +166,15 @@ AE_INLINE void gemm_block(int64_t steps, const M* a, int64_t a_row, int64_t a_st
 }
 
 // All m rows of one panel of kRegs * W columns, so that the panel of B stays in the first cache.
-template <class Acc, class M, int kRegs, GemmMode kMode>
+template <class Acc, class M, int kRegs, GemmMode kMode, class B>
 __attribute__((noinline)) void gemm_panel(int m, int64_t steps, const M* a, int64_t a_row,
-                                          int64_t a_step, const M* b, int64_t b_step, Acc* c,
+                                          int64_t a_step, const M* b, int64_t ldb, Acc* c,
                                           int64_t ldc, const Acc* factor) {
   int i = 0;
   const auto rows = [&]<int kRows>() {
     for (; i + kRows <= m; i += kRows) {
-      gemm_block<Acc, M, kRows, kRegs, kMode>(steps, a + i * a_row, a_row, a_step, b, b_step,
-                                              c + i * ldc, ldc, factor + i);
+      gemm_block<Acc, M, kRows, kRegs, kMode, B>(steps, a + i * a_row, a_row, a_step, b, ldb,
+                                                 c + i * ldc, ldc, factor + i);
     }
   };
   rows.template operator()<kGemmRows>();
@@ -135,22 +183,22 @@ __attribute__((noinline)) void gemm_panel(int m, int64_t steps, const M* a, int6
   rows.template operator()<1>();
 }
 
-template <class Acc, class M, int N, GemmMode kMode>
+template <class Acc, class M, int N, GemmMode kMode,
+          class B = PackedRows<M, GemmStep<Acc, M>::kPair>>
 AE_INLINE void gemm(int m, int64_t steps, const M* a, int64_t a_row, int64_t a_step, const M* b,
                     int64_t ldb, Acc* c, int64_t ldc, const Acc* factor = nullptr) {
   constexpr int W = Lanes<Acc>::W;
-  constexpr int kPair = GemmStep<Acc, M>::kPair;
   constexpr int kPanel = kGemmRegs * W;
   constexpr int kRest = N % kPanel / W;
   static_assert(N % W == 0, "columns must be padded to whole vectors");
   int j = 0;
   for (; j + kPanel <= N; j += kPanel) {
-    gemm_panel<Acc, M, kGemmRegs, kMode>(m, steps, a, a_row, a_step, b + j * kPair, ldb * kPair,
-                                         c + j, ldc, factor);
+    gemm_panel<Acc, M, kGemmRegs, kMode, B>(m, steps, a, a_row, a_step, b + j * B::kColumn, ldb,
+                                            c + j, ldc, factor);
   }
   if constexpr (kRest > 0) {
-    gemm_panel<Acc, M, kRest, kMode>(m, steps, a, a_row, a_step, b + j * kPair, ldb * kPair, c + j,
-                                     ldc, factor);
+    gemm_panel<Acc, M, kRest, kMode, B>(m, steps, a, a_row, a_step, b + j * B::kColumn, ldb, c + j,
+                                        ldc, factor);
   }
 }
 
