@@ -491,11 +491,11 @@ def test_known_module_is_found_fast_in_a_new_process(work: Work) -> None:
         "print(time.perf_counter() - start)\n"
         "import sys\nassert 'torch.utils.cpp_extension' not in sys.modules\n"
     )
-    seconds = []
-    for _ in range(3):
+    seconds: list[float] = []
+    while min(seconds, default=1.0) > 0.015 and len(seconds) < 6:  # the machine may be busy
         process = run_python(program)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
         seconds.append(float(out))
-    assert min(seconds) < 0.015
+    assert min(seconds) < 0.015, seconds
     assert work.compiles == 1
