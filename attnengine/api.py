@@ -1,0 +1,237 @@
+"""The public calls: attention, flex_attention, compile, explain."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from . import dispatch, ops
+from .blockmask import as_mask_mod
+from .handle import Handle, Statistics, _autocast, _grad_enabled, _is_compiling
+from .rows import Softmax
+from .spec import AttentionSpec
+
+_PLAIN = AttentionSpec()
+
+
+class AuxOutput(NamedTuple):
+    """What flex_attention returns beside the output: [B, Hq, L] float32 (float64 for float64)."""
+
+    lse: torch.Tensor | None = None
+    max_scores: torch.Tensor | None = None
+
+
+class AuxRequest(NamedTuple):
+    """Which auxiliary outputs flex_attention returns."""
+
+    lse: bool = False
+    max_scores: bool = False
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spec: AttentionSpec = _PLAIN,
+    *,
+    return_aux: Any = None,
+) -> Any:
+    """Fused attention of a spec, with gradients.
+
+    Args:
+        q: [B, Hq, L, D]; float32, bfloat16 or float64.
+        k: [B or 1, Hkv, S, D]; Hq must be a multiple of Hkv (grouped-query attention).
+        v: [B or 1, Hkv, S, Dv].
+        spec: what attention means; compiled once per meaning, dtype and head dims.
+        return_aux: true to also return the saved row statistics, [B, Hq, L] each, by name
+            (``aux.lse``); they are differentiable.
+
+    Returns:
+        out [B, Hq, L, Dv] in q's dtype and dimension order, or (out, aux).
+
+    Raises:
+        TypeError, ValueError: an operand does not fit; names it, its value and the limit.
+        TraceError: a mod cannot be expressed; names the line and the operator.
+        KernelUnavailable, BuildError: the kernel cannot be compiled here.
+    """
+    handle = spec.__dict__.get("_handle")
+    if handle is not None and return_aux is None and not _is_compiling():
+        if not _autocast():
+            if not (
+                _grad_enabled()
+                and (q.requires_grad or k.requires_grad or v.requires_grad or handle.capture_grads)
+            ):
+                try:
+                    return ops.forward(q, k, v, handle.tensors, handle.id, handle.scale, False)[0]
+                except (ValueError, AttributeError):
+                    pass  # another dtype or head dim: choose again below
+    return _attention(q, k, v, spec, return_aux)
+
+
+def _attention(q: Any, k: Any, v: Any, spec: AttentionSpec, return_aux: Any) -> Any:
+    if not isinstance(spec, AttentionSpec):
+        raise TypeError(f"spec must be an attnengine.AttentionSpec, got {type(spec).__name__}")
+    q, k, v = _autocast_operands(q, k, v)
+    if _is_compiling():
+        return _traced_call(q, k, v, spec, return_aux)
+    handle = _handle(q, k, v, spec)
+    return handle(q, k, v, return_aux=return_aux or None)
+
+
+def _traced_call(q: Any, k: Any, v: Any, spec: AttentionSpec, return_aux: Any) -> Any:
+    handle = spec.__dict__.get("_handle")
+    if handle is None:
+        raise RuntimeError(
+            "attnengine.attention inside torch.compile needs a prepared kernel: call "
+            "attn = attnengine.compile(spec, q, k, v) outside and attn(q, k, v) inside"
+        )
+    return handle(q, k, v, return_aux=return_aux)
+
+
+def _autocast_operands(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
+    """As scaled_dot_product_attention: under autocast, floating operands get its dtype."""
+    if _autocast() and isinstance(q, torch.Tensor):
+        device = q.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            return tuple(  # type: ignore[return-value]
+                x.to(dtype)
+                if isinstance(x, torch.Tensor)
+                and x.is_floating_point()
+                and x.dtype != torch.float64
+                else x
+                for x in (q, k, v)
+            )
+    return q, k, v
+
+
+def _handle(q: Any, k: Any, v: Any, spec: AttentionSpec, isa: str | None = None) -> Handle:
+    """The handle of ``spec`` for these operands; remembered on the spec."""
+    dispatch.check_operands(q, k, v)
+    table = spec.__dict__.setdefault("_handles", {})
+    key = (q.dtype, q.shape[3], v.shape[3], isa or dispatch.default_isa())
+    handle = table.get(key)
+    if handle is None:
+        program, tensors = dispatch.resolve(spec, q, k, v, isa)
+        if _grad_enabled() and (
+            dispatch.tensors_require_grad((q, k, v)) or dispatch.tensors_require_grad(tensors)
+        ):
+            program.both()
+        handle = table[key] = Handle(spec, program, tensors, q.shape[3], v.shape[3])
+    if isa is None:
+        spec.__dict__["_handle"] = handle
+    return handle
+
+
+def compile(
+    spec: AttentionSpec,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    backward: bool | None = None,
+    isa: str | None = None,
+) -> Handle:
+    """Compile ``spec`` for the dtype and head dims of q, k, v and return the callable handle.
+
+    ``backward``: compile the gradient now too; None: when q, k, v or a captured tensor requires
+    grad. ``isa``: "avx512_bf16", "avx512", "avx2" or "portable" instead of this CPU's best.
+    Raises what :func:`attention` raises.
+    """
+    handle = _handle(q, k, v, spec, isa)
+    if backward is None:
+        backward = dispatch.tensors_require_grad((q, k, v, *handle.tensors))
+    if backward:
+        handle.program.both()
+    return handle
+
+
+def explain(
+    spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> str:
+    """Every stage of the call as text: traced functions, candidates with cost, plan, source."""
+    return compile(spec, q, k, v, backward=False).explain()
+
+
+# -- torch's FlexAttention contract -------------------------------------------------------------------
+
+
+def flex_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    score_mod: Callable | None = None,
+    block_mask: Any = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    kernel_options: dict[str, Any] | None = None,
+    *,
+    return_aux: Any = None,
+) -> Any:
+    """Drop-in for ``torch.nn.attention.flex_attention.flex_attention``, with CPU backward.
+
+    query [B, Hq, L, E], key [B, Hkv, S, E], value [B, Hkv, S, Ev]; Hq > Hkv needs
+    ``enable_gqa=True``. ``block_mask`` is torch's BlockMask: its block lists are obeyed as torch's
+    compiled kernels obey them. ``return_aux=AuxRequest(lse=, max_scores=)`` returns
+    (out, AuxOutput); ``return_lse=True`` returns (out, lse). ``kernel_options`` are hints for other
+    back ends: accepted and not used.
+
+    Raises ValueError for lengths, heads or options that do not fit, TraceError for a mod that
+    cannot be expressed.
+    """
+    dispatch.check_operands(query, key, value)
+    if return_lse and return_aux is not None:
+        raise ValueError("return_lse and return_aux cannot both be given; use return_aux only")
+    if kernel_options is not None and not isinstance(kernel_options, dict):
+        raise TypeError(f"kernel_options must be a dict, got {type(kernel_options).__name__}")
+    if key.shape[0] != query.shape[0] and (block_mask is None or key.shape[0] != 1):
+        raise ValueError(
+            f"query has batch {query.shape[0]} and key has {key.shape[0]}; they must be equal "
+            "(or 1 for key and value, with a block_mask)"
+        )
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if heads != kv_heads:
+        if not enable_gqa:
+            raise ValueError(
+                f"query has {heads} heads and key has {kv_heads}; pass enable_gqa=True for "
+                "grouped-query attention"
+            )
+        if kv_heads == 0 or heads % kv_heads:
+            raise ValueError(
+                f"query has {heads} heads, which is not a multiple of the {kv_heads} of key"
+            )
+    lse = bool(return_lse or (return_aux is not None and return_aux.lse))
+    top = bool(return_aux is not None and getattr(return_aux, "max_scores", False))
+    spec = AttentionSpec(
+        score_mod=score_mod,
+        mask_mod=as_mask_mod(block_mask, query, key) if block_mask is not None else None,
+        row_func=_MAX if top else _PLAIN.row_func,
+        scale=scale,
+    )
+    if return_lse:
+        warnings.warn(
+            "return_lse is deprecated; use return_aux=AuxRequest(lse=True)",
+            FutureWarning,
+            stacklevel=2,
+        )
+    if not (lse or top):
+        return attention(query, key, value, spec)
+    out, aux = attention(query, key, value, spec, return_aux=True)
+    if return_lse:
+        return out, aux["lse"]
+    return out, AuxOutput(
+        aux["lse"] if lse else None, aux["max_scores"].detach() if top else None
+    )
+
+
+_MAX = Softmax(max_scores=True)
+
+__all__ = [
+    "AuxOutput", "AuxRequest", "Handle", "Statistics", "attention", "compile", "explain",
+    "flex_attention",
+]  # fmt: skip
+

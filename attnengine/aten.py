@@ -1,0 +1,370 @@
+"""From aten operators to the scalar graph: one table, read by the tracer.
+
+Values are scalars of the graph (:class:`~attnengine.ir.Node`) or :class:`Array`, a small tensor
+whose elements are computed only when something asks for them (so ``bias[h][q_idx, kv_idx]`` is one
+gather and ``any`` over four captured numbers is three ``or``).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .ir import DTYPE_NAMES, FLOATS, INTS, Graph, Node, const_value, is_const
+
+UNROLL_LIMIT = 64  # elements of a captured row that a reduction may unroll
+
+Index = tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class Array:
+    """A tensor with sizes ``shape``; ``element`` maps index nodes (int64) to a scalar node."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    element: Callable[[Index], Node]
+
+
+Value = Node | Array
+
+
+class Unsupported(Exception):
+    """An operator that the scalar graph cannot express; ``hint`` says what to use instead."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class Lowering:
+    """Builds graph nodes from aten calls. ``keys`` is the traced length of a row of scores."""
+
+    def __init__(self, graph: Graph, keys: int | None = None) -> None:
+        self.graph = graph
+        self.keys = keys
+
+    # -- scalars ------------------------------------------------------------------------------
+    def index_const(self, i: int) -> Node:
+        return self.graph.const(i, "i64")
+
+    def scalar(self, x: Any, dtype: str) -> Value:
+        """``x`` (node, array or Python number) as a value of ``dtype``."""
+        if isinstance(x, Node):
+            return self.graph.cast(x, dtype)
+        if isinstance(x, Array):
+            return Array(x.shape, dtype, lambda i: self.graph.cast(x.element(i), dtype))
+        return self.graph.const(x, dtype)
+
+    def pointwise(self, op: str, args: Sequence[Any], compute: str, result: str) -> Value:
+        values = [self.scalar(a, compute) for a in args]
+        return self.broadcast(values, lambda nodes: self.emit(op, nodes, result), result)
+
+    def broadcast(
+        self, values: Sequence[Value], make: Callable[[list[Node]], Node], dtype: str
+    ) -> Value:
+        arrays = [v for v in values if isinstance(v, Array)]
+        if not arrays:
+            return make([v for v in values if isinstance(v, Node)])
+        shape = tuple(torch.broadcast_shapes(*[a.shape for a in arrays]))
+
+        def element(index: Index) -> Node:
+            return make([v if isinstance(v, Node) else _at(self, v, index, shape) for v in values])
+
+        return Array(shape, dtype, element)
+
+    def emit(self, op: str, args: list[Node], dtype: str) -> Node:
+        """One node, after the few rewrites that keep graphs (and kernel keys) small."""
+        g = self.graph
+        if all(a.op == "const" for a in args) and op not in ("gather",):
+            folded = _fold(op, args, dtype)
+            if folded is not None:
+                return g.const(folded, dtype)
+        a = args[0]
+        b = args[1] if len(args) > 1 else None
+        if b is not None:
+            if op in ("mul", "div") and is_const(b, 1) and a.dtype == dtype:
+                return a
+            if op == "mul" and is_const(a, 1) and b.dtype == dtype:
+                return b
+            if op in ("add", "sub") and is_const(b, 0) and dtype in INTS and a.dtype == dtype:
+                return a
+            if op == "add" and is_const(a, 0) and dtype in INTS and b.dtype == dtype:
+                return b
+            if op == "logical_and" and is_const(a, 1):
+                return b
+            if op == "logical_and" and is_const(b, 1):
+                return a
+            if op == "logical_or" and is_const(a, 0):
+                return b
+            if op == "logical_or" and is_const(b, 0):
+                return a
+        if op == "select" and a.op == "const":
+            return args[1] if const_value(a) else args[2]
+        if op == "select" and args[1] is args[2]:
+            return args[1]
+        return g.node(op, args, dtype)
+
+    def gather(self, capture: int, shape: tuple[int, ...], dtype: str) -> Value:
+        def element(index: Index) -> Node:
+            for axis, (i, size) in enumerate(zip(index, shape, strict=True)):
+                if i.op == "const" and not -size <= const_value(i) < size:
+                    raise Unsupported(
+                        f"captured tensor of shape {shape}: index {const_value(i)} is out of range "
+                        f"for dimension {axis} of size {size}"
+                    )
+            return self.graph.node("gather", index, dtype, (capture,), any(i.vec for i in index))
+
+        return element(()) if not shape else Array(shape, dtype, element)
+
+
+def _fold(op: str, args: list[Node], dtype: str) -> float | int | bool | None:
+    from .ir import TORCH_DTYPES, TORCH_OPS
+
+    if op not in TORCH_OPS:
+        return None
+    tensors = [torch.tensor(const_value(a), dtype=TORCH_DTYPES[a.dtype]) for a in args]
+    try:
+        return TORCH_OPS[op](*tensors).to(TORCH_DTYPES[dtype]).item()
+    except (RuntimeError, ZeroDivisionError):
+        return None
+
+
+def _at(low: Lowering, a: Array, index: Index, shape: tuple[int, ...]) -> Node:
+    """Element of ``a`` at an index of the broadcast ``shape``."""
+    skip = len(shape) - len(a.shape)
+    zero = low.index_const(0)
+    return a.element(
+        tuple(zero if s == 1 else i for s, i in zip(a.shape, index[skip:], strict=True))
+    )
+
+
+# -- type promotion ------------------------------------------------------------------------------
+
+
+def dtype_of(meta: Any) -> str:
+    """IR dtype of an fx value's metadata."""
+    name = DTYPE_NAMES.get(meta.dtype)
+    if name is None:
+        raise Unsupported(
+            f"dtype {meta.dtype} is not supported in a mod", "convert the captured tensor first"
+        )
+    return name
+
+
+def promoted(metas: Sequence[Any]) -> str:
+    """The dtype in which torch would compute an operation on ``metas`` (tensors and numbers)."""
+    out = metas[0]
+    dtype = out.dtype if hasattr(out, "dtype") else None
+    acc = out
+    for m in metas[1:]:
+        dtype = torch.result_type(acc, m)
+        shape = torch.broadcast_shapes(_shape(acc), _shape(m))
+        acc = torch.empty(shape, dtype=dtype, device="meta")
+    if dtype is None:
+        dtype = torch.result_type(acc, acc)
+    return DTYPE_NAMES[dtype]
+
+
+def _shape(x: Any) -> tuple[int, ...]:
+    return tuple(x.shape) if hasattr(x, "shape") else ()
+
+
+# -- shape operators on arrays -----------------------------------------------------------------------
+
+
+def select(low: Lowering, a: Array, dim: int, index: int) -> Value:
+    dim %= len(a.shape)
+    i = low.index_const(index % a.shape[dim])
+    shape = a.shape[:dim] + a.shape[dim + 1 :]
+    return _make(shape, a.dtype, lambda x: a.element(x[:dim] + (i,) + x[dim:]))
+
+
+def _make(shape: tuple[int, ...], dtype: str, element: Callable[[Index], Node]) -> Value:
+    return Array(shape, dtype, element) if shape else element(())
+
+
+def slice_(low: Lowering, a: Array, dim: int, start: Any, end: Any, step: int) -> Value:
+    dim %= len(a.shape)
+    start, stop, step = slice(start, end, step).indices(a.shape[dim])
+    size = max(0, math.ceil((stop - start) / step))
+    g = low.graph
+
+    def element(x: Index) -> Node:
+        scaled = low.emit("mul", [x[dim], g.const(step, "i64")], "i64")
+        return a.element(
+            x[:dim] + (low.emit("add", [scaled, g.const(start, "i64")], "i64"),) + x[dim + 1 :]
+        )
+
+    return Array(a.shape[:dim] + (size,) + a.shape[dim + 1 :], a.dtype, element)
+
+
+def index(low: Lowering, a: Array, indices: Sequence[Value | None]) -> Value:
+    """Advanced indexing: scalars and broadcastable index arrays, ``None`` keeps a dimension."""
+    full = list(indices) + [None] * (len(a.shape) - len(indices))
+    if any(isinstance(i, (Node, Array)) and i.dtype == "bool" for i in full):
+        raise Unsupported("indexing with a boolean tensor", "use torch.where")
+    shapes = [i.shape if isinstance(i, Array) else () for i in full if i is not None]
+    common = tuple(torch.broadcast_shapes(*shapes)) if shapes else ()
+    used = [d for d, i in enumerate(full) if i is not None]
+    together = used == list(range(used[0], used[-1] + 1)) if used else True
+    at = used[0] if used and together else 0
+    kept = [s for s, i in zip(a.shape, full, strict=True) if i is None]
+    shape = tuple(kept[:at]) + common + tuple(kept[at:])
+
+    def element(x: Index) -> Node:
+        broadcast, rest = x[at : at + len(common)], list(x[:at] + x[at + len(common) :])
+        out = []
+        for i in full:
+            if i is None:
+                out.append(rest.pop(0))
+            elif isinstance(i, Node):
+                out.append(low.graph.cast(i, "i64"))
+            else:
+                out.append(low.graph.cast(_at(low, i, broadcast, common), "i64"))
+        return a.element(tuple(out))
+
+    return _make(shape, a.dtype, element)
+
+
+def reshape(low: Lowering, a: Array, shape: Sequence[int]) -> Value:
+    numel = math.prod(a.shape)
+    sizes = list(shape)
+    if -1 in sizes:
+        known = math.prod(s for s in sizes if s != -1)
+        sizes[sizes.index(-1)] = numel // known if known else 0
+    g = low.graph
+
+    def element(x: Index) -> Node:
+        flat: Node = g.const(0, "i64")
+        for i, s in zip(x, sizes, strict=True):
+            flat = low.emit("mul", [flat, g.const(s, "i64")], "i64")
+            flat = low.emit("add", [flat, i], "i64")
+        out: list[Node] = []
+        for s in reversed(a.shape):
+            out.append(low.emit("remainder", [flat, g.const(s, "i64")], "i64"))
+            flat = low.emit("floor_div", [flat, g.const(s, "i64")], "i64")
+        return a.element(tuple(reversed(out)))
+
+    return _make(tuple(sizes), a.dtype, element)
+
+
+def permute(a: Array, dims: Sequence[int]) -> Value:
+    dims = [d % len(a.shape) for d in dims]
+
+    def element(x: Index) -> Node:
+        out: list[Node | None] = [None] * len(dims)
+        for i, d in zip(x, dims, strict=True):
+            out[d] = i
+        return a.element(tuple(o for o in out if o is not None))
+
+    return Array(tuple(a.shape[d] for d in dims), a.dtype, element)
+
+
+def unsqueeze(a: Value, dim: int) -> Value:
+    if isinstance(a, Node):
+        return Array((1,), a.dtype, lambda x: a)
+    dim %= len(a.shape) + 1
+    return Array(
+        a.shape[:dim] + (1,) + a.shape[dim:], a.dtype, lambda x: a.element(x[:dim] + x[dim + 1 :])
+    )
+
+
+def squeeze(low: Lowering, a: Array, dims: Sequence[int]) -> Value:
+    dims = [d % len(a.shape) for d in dims]
+    dims = [d for d in dims if a.shape[d] == 1]
+    keep = [d for d in range(len(a.shape)) if d not in dims]
+    zero = low.index_const(0)
+
+    def element(x: Index) -> Node:
+        rest = list(x)
+        return a.element(tuple(zero if d in dims else rest.pop(0) for d in range(len(a.shape))))
+
+    return _make(tuple(a.shape[d] for d in keep), a.dtype, element)
+
+
+def expand(low: Lowering, a: Value, shape: Sequence[int]) -> Value:
+    if isinstance(a, Node):
+        return _make(tuple(shape), a.dtype, lambda x: a)
+    skip = len(shape) - len(a.shape)
+    sizes = tuple(
+        s if s != -1 else a.shape[d - skip] for d, s in enumerate(shape)
+    )
+    return Array(sizes, a.dtype, lambda x: _at(low, a, x, sizes))
+
+
+def reduce(
+    low: Lowering, a: Array, op: str, dims: Sequence[int] | None, keepdim: bool, result: str
+) -> Value:
+    """A reduction over a small captured row, unrolled element by element."""
+    rank = len(a.shape)
+    axes = sorted(d % rank for d in dims) if dims else list(range(rank))
+    count = math.prod(a.shape[d] for d in axes)
+    if not 0 < count <= UNROLL_LIMIT:
+        raise Unsupported(
+            f"a reduction over {count} captured elements (1 to {UNROLL_LIMIT} are unrolled)",
+            "reduce before the call and capture the result",
+        )
+    fold = {
+        "sum": "add", "amax": "maximum", "amin": "minimum", "prod": "mul",
+        "any": "logical_or", "all": "logical_and",
+    }[op]  # fmt: skip
+    zero = low.index_const(0)
+
+    def element(x: Index) -> Node:
+        rest = list(x)
+        fixed: list[Node | None] = []
+        for d in range(rank):
+            if d in axes:
+                fixed.append(None)
+                if keepdim:
+                    rest.pop(0)
+            else:
+                fixed.append(rest.pop(0))
+        total: Node | None = None
+        for combo in itertools.product(*[range(a.shape[d]) for d in axes]):
+            picks = iter(combo)
+            at = tuple(low.index_const(next(picks)) if f is None else f for f in fixed)
+            item = low.graph.cast(a.element(at), result)
+            total = item if total is None else low.emit(fold, [total, item], result)
+        return total if total is not None else zero
+
+    shape = tuple(
+        (1 if d in axes else s) for d, s in enumerate(a.shape) if keepdim or d not in axes
+    )
+    return _make(shape, result, element)
+
+
+def concatenate(low: Lowering, parts: Sequence[Array], dim: int) -> Value:
+    dim %= len(parts[0].shape)
+    sizes = [p.shape[dim] for p in parts]
+
+    def element(x: Index) -> Node:
+        i = x[dim]
+        offset = sum(sizes)
+        out: Node | None = None
+        for p, size in zip(reversed(parts), reversed(sizes), strict=True):
+            offset -= size
+            local = low.emit("sub", [i, low.index_const(offset)], "i64")
+            local = low.emit("maximum", [local, low.index_const(0)], "i64")
+            local = low.emit("minimum", [local, low.index_const(size - 1)], "i64")
+            item = p.element(x[:dim] + (local,) + x[dim + 1 :])
+            if out is None:
+                out = item
+            else:
+                here = low.emit("lt", [i, low.index_const(offset + size)], "bool")
+                out = low.emit("select", [here, item, out], item.dtype)
+        assert out is not None
+        return out
+
+    shape = parts[0].shape[:dim] + (sum(sizes),) + parts[0].shape[dim + 1 :]
+    return Array(shape, parts[0].dtype, element)
+
+
+def as_float(dtype: str, fallback: str = "f32") -> str:
+    return dtype if dtype in FLOATS else fallback

@@ -1,0 +1,57 @@
+"""The autograd of eager calls: a thin Function around the bare operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import ops
+from .dispatch import Program
+
+
+class Attention(torch.autograd.Function):
+    """(out, statistics) of one program; gradients of q, k, v and of its captured tensors."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        program: Program,
+        scale: float,
+        *captures: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, stats = ops.forward(q, k, v, captures, program.forward_id, scale, True)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, out, stats, *captures)
+        ctx.program, ctx.scale = program, scale
+        return out, stats
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
+        if torch.is_grad_enabled():
+            raise RuntimeError(ops.DOUBLE_BACKWARD)
+        dout, dstats = grads
+        q, k, v, out, stats, *captures = ctx.saved_tensors
+        program = ctx.program
+        if dout is None:
+            dout = torch.zeros_like(out)
+        user = len(program.sources.stats)
+        if dstats is not None:
+            dstats = dstats[:user] if user else None
+        try:
+            dq, dk, dv, produced = ops.backward(
+                q, k, v, captures, out, stats, dout, dstats, program.backward(), ctx.scale
+            )
+        except ValueError as error:
+            raise ops.translate(error) from None
+        extra: list[torch.Tensor | None] = [None] * len(captures)
+        for number, grad in zip(program.sources.grads, produced, strict=True):
+            extra[number] = grad
+        return dq, dk, dv, None, None, *extra
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return ops._no_vmap(info, in_dims, *args)

@@ -1,0 +1,141 @@
+"""What a Python callable captures: its fingerprint and its tensors, without calling it.
+
+Two lambdas from the same line of source with the same constants and tensors of the same kind have
+equal signatures, so a fresh lambda at every step finds its kernel without being traced again; only
+the captured tensors are rebound.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_SCALARS = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device)
+_LIBRARIES = ("torch", "math", "builtins", "operator", "functools", "numpy", "attnengine")
+
+
+@dataclass(frozen=True)
+class Captures:
+    """``signature`` is hashable; ``tensors`` are in the order in which the signature names them.
+
+    ``opaque`` is true when something was captured whose contents cannot be compared (an object with
+    attributes): such a callable is traced anew for every spec.
+    """
+
+    signature: tuple
+    tensors: tuple[torch.Tensor, ...]
+    opaque: bool
+
+
+class _Walk:
+    def __init__(self) -> None:
+        self.tensors: list[torch.Tensor] = []
+        self.positions: dict[int, int] = {}
+        self.functions: dict[int, int] = {}
+        self.opaque = False
+
+    def tensor(self, t: torch.Tensor) -> tuple:
+        at = self.positions.get(id(t))
+        if at is None:
+            at = self.positions[id(t)] = len(self.tensors)
+            self.tensors.append(t)
+        return ("t", at, t.dtype, tuple(t.shape), t.requires_grad, t.device.type)
+
+    def value(self, x: Any) -> Any:
+        if isinstance(x, torch.Tensor):
+            return self.tensor(x)
+        if isinstance(x, float):
+            return ("f", x.hex())
+        if isinstance(x, _SCALARS):
+            return (type(x).__name__, x)
+        if isinstance(x, types.FunctionType):
+            return self.function(x)
+        if isinstance(x, functools.partial):
+            return (
+                "partial",
+                self.value(x.func),
+                tuple(self.value(a) for a in x.args),
+                tuple((k, self.value(v)) for k, v in sorted(x.keywords.items())),
+            )
+        if isinstance(x, (tuple, list)):
+            return (type(x).__name__, tuple(self.value(v) for v in x))
+        if isinstance(x, dict):
+            return ("dict", tuple((self.value(k), self.value(v)) for k, v in x.items()))
+        if isinstance(x, types.ModuleType):
+            return ("module", x.__name__)
+        name = getattr(x, "__module__", None)
+        if isinstance(x, (type, types.BuiltinFunctionType)) or (
+            name is not None and name.split(".")[0] in ("torch", "math", "operator")
+        ):
+            return ("name", name, getattr(x, "__qualname__", type(x).__name__))
+        if isinstance(x, types.MethodType):
+            self.opaque = True
+            return ("method", self.function(x.__func__), id(x.__self__))
+        self.opaque = True
+        return ("object", type(x).__qualname__, id(x))
+
+    def function(self, f: types.FunctionType) -> tuple:
+        seen = self.functions.get(id(f))
+        if seen is not None:
+            return ("again", seen)
+        if f.__module__ is not None and f.__module__.split(".")[0] == "torch":
+            return ("name", f.__module__, f.__qualname__)
+        self.functions[id(f)] = len(self.functions)
+        code = f.__code__
+        out: list[Any] = [code]
+        if f.__closure__:
+            for cell in f.__closure__:
+                try:
+                    out.append(self.value(cell.cell_contents))
+                except ValueError:  # an empty cell: a name that is not bound yet
+                    out.append(None)
+        if f.__defaults__:
+            out.append(tuple(self.value(d) for d in f.__defaults__))
+        if f.__kwdefaults__:
+            out.append(tuple((k, self.value(d)) for k, d in sorted(f.__kwdefaults__.items())))
+        scope = f.__globals__
+        for name in _names(code):
+            if name in scope:
+                item = scope[name]
+                if not isinstance(item, types.ModuleType):
+                    out.append((name, self.value(item)))
+        return tuple(out)
+
+
+@functools.lru_cache(maxsize=4096)
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    """Global names that the code, or a function nested in it, may read."""
+    names = list(code.co_names)
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            names += _names(const)
+    return tuple(dict.fromkeys(names))
+
+
+def captures_of(*callables: Callable | None) -> Captures:
+    """Fingerprint of several callables together (tensors shared between them are shared)."""
+    walk = _Walk()
+    signature = tuple(walk.value(c) for c in callables)
+    return Captures(signature, tuple(walk.tensors), walk.opaque)
+
+
+def captures_of_spec(spec: Any) -> Captures:
+    """Fingerprint of an AttentionSpec: its mods, its scale and its row function's class and state."""
+    walk = _Walk()
+    row = spec.row_func
+    methods = tuple(
+        walk.value(getattr(type(row), name, None))
+        for name in ("init", "update", "finalize", "weights", "merge")
+    )
+    fields = tuple((k, walk.value(v)) for k, v in sorted(vars(row).items()))
+    state = walk.value(getattr(row, "state", None))
+    mods = tuple(
+        walk.value(m)
+        for m in (spec.score_mod, spec.mask_mod, spec.q_mod, spec.k_mod, spec.v_mod)
+    )
+    return Captures((mods, methods, fields, state), tuple(walk.tensors), walk.opaque)

@@ -1,0 +1,319 @@
+"""From a spec to a loaded kernel, once per meaning: the memory and the disk know it afterwards.
+
+``bind(spec, element, D, Dv)`` finds the program of a spec by its fingerprint (code, constants and
+kinds of captured tensors), so a fresh but identical lambda is not traced again, and rebinds the
+captured tensors. A program remembers its generated sources on disk: a new process traces nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import types
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import build, cache, library, settings
+from .capture import Captures, captures_of_spec
+from .derive import Derived, derive
+from .errors import TraceError
+from .ir import DTYPE_NAMES, TORCH_DTYPES
+from .key import KernelKey, backward_key, forward_key
+from .plan import Plan, candidates
+from .source import backward_source, forward_source
+from .spec import AttentionSpec
+from .trace import Traced, trace
+
+SUPPORTED = (torch.float32, torch.float64, torch.bfloat16)
+_MEMO_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What generation produced for one program: all that a later process needs."""
+
+    forward: str
+    backward: str | None
+    no_backward: str  # why there is no backward, for the error
+    stats: tuple[str, ...]  # saved statistics that the caller sees
+    positions: tuple[int, ...]  # capture number -> position in the spec's captured tensors
+    captures: tuple[tuple[str, int], ...]  # dtype and rank of each capture
+    grads: tuple[int, ...]
+    passes: int
+    key: str
+
+    def to_json(self) -> str:
+        return json.dumps(self.__dict__)
+
+    @staticmethod
+    def from_json(text: str) -> Sources:
+        data = json.loads(text)
+        for name in ("stats", "positions", "grads"):
+            data[name] = tuple(data[name])
+        data["captures"] = tuple((d, r) for d, r in data["captures"])
+        return Sources(**data)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Every stage of one program, for ``explain`` and for handles."""
+
+    traced: Traced
+    derived: Derived | None
+    no_backward: str
+    forward_key: KernelKey
+    backward_key: KernelKey | None
+    forward_plans: list[Plan]
+    backward_plans: list[Plan]
+    sources: Sources
+
+
+@dataclass
+class Program:
+    """One meaning compiled for one element type and pair of head dims."""
+
+    name: str
+    element: torch.dtype
+    isa: str
+    sources: Sources
+    extra: tuple[torch.Tensor, ...]  # captured, but out of the walk's sight
+    forward_id: int = -1
+    backward_id: int = -1
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def forward(self) -> int:
+        if self.forward_id < 0:
+            with self.lock:
+                if self.forward_id < 0:
+                    self.forward_id = self._load("forward", self.sources.forward)
+        return self.forward_id
+
+    def backward(self) -> int:
+        if self.backward_id < 0:
+            if self.sources.backward is None:
+                raise RuntimeError(
+                    f"this attention spec has no gradient ({self.sources.no_backward}); "
+                    "run it under torch.no_grad() or detach q, k, v and the captured tensors"
+                )
+            with self.lock:
+                if self.backward_id < 0:
+                    self.backward_id = self._load("backward", self.sources.backward)
+        return self.backward_id
+
+    def both(self) -> None:
+        """Compile forward and backward at the same time."""
+        if self.forward_id >= 0 or self.backward_id >= 0:
+            self.forward()
+            self.backward()
+            return
+        assert self.sources.backward is not None or self.backward()
+        with self.lock, ThreadPoolExecutor(2) as pool:
+            ahead = pool.submit(self._load, "forward", self.sources.forward)
+            behind = pool.submit(self._load, "backward", self.sources.backward)
+            self.forward_id = ahead.result()
+            self.backward_id = behind.result()
+
+    def _load(self, kind: str, source: str) -> int:
+        path = build.module(source, self.isa, f"{kind} {self.name}")
+        captures = [(rank, TORCH_DTYPES[dtype]) for dtype, rank in self.sources.captures]
+        return library.load_kernel(path, captures)
+
+
+_programs: dict[tuple, Program] = {}
+_tracing = threading.RLock()
+
+
+@dataclass
+class Statistics:
+    """Counters since the process started: where programs came from."""
+
+    traced: int = 0
+    from_disk: int = 0
+    from_memory: int = 0
+
+
+statistics = Statistics()
+
+
+def pipeline(
+    spec: AttentionSpec, captures: Captures, element: torch.dtype, d: int, dv: int, isa: str
+) -> Pipeline:
+    """Run trace, derive, key, plan and source. Raises TraceError, NotImplementedError."""
+    dtype = "f64" if element == torch.float64 else "f32"
+    name = DTYPE_NAMES[element]
+    traced = trace(spec, captures.tensors, dtype)
+    wanted = [
+        i for i, t in enumerate(traced.captures) if t.requires_grad and t.is_floating_point()
+    ]
+    derived, why = None, ""
+    try:
+        derived = derive(traced, wanted)
+    except TraceError as e:
+        why = str(e)
+    saved = derived.final_states if derived is not None else ()
+    fkey = forward_key(traced, name, d, dv, saved)
+    fplans = candidates(fkey, traced, None, isa)
+    forward = forward_source(traced, fplans[0], fkey, saved)
+    bkey, bplans, backward = None, [], None
+    if derived is not None:
+        bkey = backward_key(traced, derived, name, d, dv)
+        bplans = candidates(bkey, traced, derived, isa)
+        backward = backward_source(traced, derived, bplans[0], bkey)
+    sources = Sources(
+        forward, backward, why, tuple(traced.row.saved), traced.positions, fkey.captures,
+        derived.grads if derived is not None else (),
+        len(derived.passes) if derived is not None else 0,
+        fkey.digest(),
+    )  # fmt: skip
+    return Pipeline(traced, derived, why, fkey, bkey, fplans, bplans, sources)
+
+
+def default_isa() -> str:
+    return settings.isa_override() or library.cpu_isa()
+
+
+def program(
+    spec: AttentionSpec, captures: Captures, element: torch.dtype, d: int, dv: int, isa: str
+) -> Program:
+    """The program of a spec: from memory, from disk, or traced now."""
+    key = (captures.signature, element, d, dv, isa)
+    if not captures.opaque:
+        found = _programs.get(key)
+        if found is not None:
+            statistics.from_memory += 1
+            return found
+    with _tracing:
+        found = None if captures.opaque else _programs.get(key)
+        if found is not None:
+            return found
+        made = _made(spec, captures, element, d, dv, isa)
+        if not captures.opaque:
+            _programs[key] = made
+        return made
+
+
+def _made(
+    spec: AttentionSpec, captures: Captures, element: torch.dtype, d: int, dv: int, isa: str
+) -> Program:
+    label = f"{DTYPE_NAMES[element]} D{d}x{dv} {isa}"
+    memo = None
+    if not captures.opaque:
+        fields = (captures.signature, str(element), d, dv, isa)
+        memo = hashlib.sha256(f"{_generator()}{stable_text(fields)}".encode()).hexdigest()
+        text = cache.text_get("trace", memo)
+        if text is not None:
+            statistics.from_disk += 1
+            return Program(label, element, isa, Sources.from_json(text), ())
+    stages = pipeline(spec, captures, element, d, dv, isa)
+    statistics.traced += 1
+    known = len(captures.tensors)
+    hidden = [t for t, at in zip(stages.traced.captures, stages.traced.positions, strict=True)
+              if at >= known]  # fmt: skip
+    if memo is not None and not hidden:
+        cache.text_put("trace", memo, stages.sources.to_json())
+    order = sorted(at for at in stages.traced.positions if at >= known)
+    by_position = dict(zip(stages.traced.positions, stages.traced.captures, strict=True))
+    return Program(
+        label, element, isa, stages.sources, tuple(by_position[at] for at in order)
+    )
+
+
+_generator_text: str | None = None
+
+
+def _generator() -> str:
+    """What, besides the spec, decides the generated source: our own code and torch's version."""
+    global _generator_text
+    if _generator_text is None:
+        folder = library.PACKAGE
+        digest = hashlib.sha256(f"{_MEMO_VERSION} {torch.__version__}".encode())
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.read_bytes())
+        _generator_text = digest.hexdigest()
+    return _generator_text
+
+
+def stable_text(x: Any) -> str:
+    """A fingerprint as text that another process reproduces (code by content, not by address)."""
+    if isinstance(x, tuple):
+        return "(" + ",".join(stable_text(v) for v in x) + ")"
+    if isinstance(x, types.CodeType):
+        facts = (
+            x.co_code, x.co_names, x.co_varnames, x.co_freevars, x.co_cellvars, x.co_flags,
+            x.co_argcount, x.co_kwonlyargcount, x.co_posonlyargcount,
+        )  # fmt: skip
+        constants = stable_text(tuple(x.co_consts))
+        return hashlib.sha256(f"{facts!r}{constants}".encode()).hexdigest()
+    if isinstance(x, frozenset):
+        return "{" + ",".join(sorted(stable_text(v) for v in x)) + "}"
+    return f"{type(x).__name__}:{x!r}"
+
+
+def bound_tensors(made: Program, captures: Captures) -> list[torch.Tensor]:
+    """The captured tensors of a spec in the order in which its kernels number them."""
+    known = len(captures.tensors)
+    return [
+        captures.tensors[at] if at < known else made.extra[at - known]
+        for at in made.sources.positions
+    ]
+
+
+def check_operands(q: Any, k: Any, v: Any) -> None:
+    """What must hold before a kernel can be chosen. Raises TypeError, ValueError,
+    NotImplementedError."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(
+                f"{name} must be 4-D [B, H, L, D], got shape {tuple(x.shape)}; add or merge "
+                "dimensions with unsqueeze/reshape"
+            )
+    if not q.device == k.device == v.device:
+        raise ValueError(
+            f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}; "
+            "move them with .to()"
+        )
+    if q.device.type == "cuda":
+        raise NotImplementedError(
+            f"q is on {q.device}; CUDA kernels are not in this version: use CPU tensors (.cpu())"
+        )
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in SUPPORTED:
+        raise TypeError(
+            f"q, k and v must share one dtype, got {q.dtype}, {k.dtype}, {v.dtype}; supported are "
+            "torch.float32, torch.float64 and torch.bfloat16: cast with .to()"
+        )
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"k has head_dim {k.shape[3]} but q has {q.shape[3]} (q {tuple(q.shape)}, "
+            f"k {tuple(k.shape)}); the last dimension of q and k must agree"
+        )
+
+
+def captures_for(spec: AttentionSpec) -> Captures:
+    """The captures of a spec, read once: a spec is frozen, so is what its callables close over."""
+    found = spec.__dict__.get("_captures")
+    if found is None:
+        found = captures_of_spec(spec)
+        spec.__dict__["_captures"] = found
+    return found
+
+
+def resolve(
+    spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, isa: str | None = None
+) -> tuple[Program, list[torch.Tensor]]:
+    """The program of ``spec`` for these operands, and its captured tensors in kernel order."""
+    check_operands(q, k, v)
+    captures = captures_for(spec)
+    made = program(spec, captures, q.dtype, q.shape[3], v.shape[3], isa or default_isa())
+    return made, bound_tensors(made, captures)
+
+
+def tensors_require_grad(tensors: Sequence[torch.Tensor]) -> bool:
+    return any(t.requires_grad for t in tensors)

@@ -1,0 +1,69 @@
+"""The stages of one kernel as text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .ir import text
+from .plan import Plan
+
+if TYPE_CHECKING:
+    from .handle import Handle
+
+
+def describe(handle: Handle) -> str:
+    """Traced functions, derivation, candidates with predicted cost, plan, source and cache path."""
+    from . import library
+
+    p = handle.pipeline
+    t = p.traced
+    out = [f"attnengine kernel for {handle.program.name}", "", "== traced =="]
+    for name, node in (("mask_mod", t.mask), ("score_mod", t.score)):
+        if node is not None:
+            out += [f"-- {name}", text({"result": node})]
+    for name, node in t.operands.items():
+        out += [f"-- {name}_mod", text({"result": node})]
+    row = t.row
+    out += ["-- row function: update", text({"weights": row.weights_online, "factor": row.factor,
+                                              **{f"state.{n}": v for n, v in row.new_state.items()}})]  # fmt: skip
+    out += ["-- row function: finalize", text({"out factor": row.out_factor, **row.saved})]
+    out += ["-- row function: weights", text({"weights": row.weights})]
+    for i, tensor in enumerate(t.captures):
+        grad = ", gradient" if i in p.sources.grads else ""
+        out.append(f"capture {i}: {tensor.dtype} {tuple(tensor.shape)}{grad}")
+    out += ["", "== derived backward =="]
+    if p.derived is None:
+        out.append(f"none: {p.no_backward}")
+    else:
+        d = p.derived
+        out += [f"extra passes over the keys: {len(d.passes)}", *d.notes]
+        out.append(f"row scalars read: {', '.join(d.row_inputs) or 'none'}")
+        out.append(text({"weights": d.weights, "dscore": d.dscore}))
+        for s in (*d.scatters, *d.row_scatters):
+            out.append(f"gradient of capture {s.capture}: {'per key' if s.value.vec else 'per row'}")
+    for kind, plans in (("forward", p.forward_plans), ("backward", p.backward_plans)):
+        if plans:
+            out += ["", f"== {kind} plan ==", *_plans(plans)]
+    out += ["", "== forward source ==", handle.source]
+    if handle.backward_source is not None:
+        out += ["== backward source ==", handle.backward_source]
+    out.append(f"module: {library.kernel_info(handle.id).path}")
+    return "\n".join(out)
+
+
+def _plans(plans: list[Plan]) -> list[str]:
+    lines = ["candidates, predicted cycles per 1000 scores of one core:",
+             "  rows x keys  multiply  pointwise  cache  overhead  total"]  # fmt: skip
+    for p in plans:
+        c = p.cost
+        lines.append(
+            f"  {p.block_m:4d} x {p.block_n:4d}  {c.multiply:8.0f}  {c.pointwise:9.0f}  "
+            f"{c.cache:5.0f}  {c.overhead:8.0f}  {c.total:5.0f}"
+        )
+    best = plans[0]
+    lines.append(f"chosen: {best.block_m} x {best.block_n} on {best.target}, {best.partition}")
+    lines += [f"  because {r}" for r in best.reasons]
+    for t in best.tensors:
+        lines.append(f"  {t.name}: {t.rows} x {t.columns} in {t.level}, {t.bytes} bytes")
+    lines.append(f"  scratch of one worker: {best.scratch_bytes} bytes")
+    return lines

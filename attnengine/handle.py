@@ -1,0 +1,140 @@
+"""A spec bound to a kernel: what a call needs, and nothing that it does not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from . import dispatch, ops
+from .backward import Attention
+from .dispatch import Pipeline, Program
+from .plan import Plan
+from .spec import AttentionSpec
+
+_is_compiling = torch.compiler.is_compiling
+_grad_enabled = torch.is_grad_enabled
+_autocast = torch._C._is_any_autocast_enabled
+
+
+class Statistics(dict):
+    """Saved row statistics by name, [B, Hq, L] each; also readable as attributes (``aux.lse``)."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(
+                f"no statistic {name!r}; this row function saves {sorted(self)}"
+            ) from None
+
+
+class Handle:
+    """``attn(q, k, v)``: one spec, one dtype, one pair of head dims, any B, H, lengths, strides.
+
+    Made by :func:`attnengine.compile`. Works under ``torch.compile(fullgraph=True)`` and
+    ``torch.export``. ``plan``, ``backward_plan``, ``source``, ``backward_source`` and
+    ``explain()`` show what runs.
+    """
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        program: Program,
+        tensors: Sequence[torch.Tensor],
+        head_dim: int,
+        value_dim: int,
+    ) -> None:
+        self.spec = spec
+        self.program = program
+        self.tensors = list(tensors)
+        self.head_dim = head_dim
+        self.value_dim = value_dim
+        self.scale = spec.scale if spec.scale is not None else 1.0 / math.sqrt(head_dim)
+        self.id = program.forward()
+        self.trainable = [i for i in program.sources.grads if tensors[i].requires_grad]
+        self.capture_grads = bool(self.trainable)
+        self.key = f"{program.sources.key}/{program.isa}/{'.'.join(map(str, program.sources.grads))}"
+        self._pipeline: Pipeline | None = None
+        ops.register_key(self.key, self._resolve)
+
+    def _resolve(self, kind: str) -> int:
+        return self.program.forward() if kind == "forward" else self.program.backward()
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_aux: Any = None
+    ) -> Any:
+        """Attention of q [B, Hq, L, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv] -> [B, Hq, L, Dv].
+
+        ``return_aux`` as in :func:`attnengine.attention`. Raises TypeError or ValueError when the
+        operands do not fit this kernel, naming the argument.
+        """
+        if return_aux is None and not _is_compiling():
+            if not _autocast() and not (
+                _grad_enabled()
+                and (q.requires_grad or k.requires_grad or v.requires_grad or self.capture_grads)
+            ):
+                try:
+                    return ops.forward(q, k, v, self.tensors, self.id, self.scale, False)[0]
+                except ValueError as error:
+                    raise ops.translate(error) from None
+        out, stats = self.run(q, k, v, return_aux is not None)
+        return out if return_aux is None else (out, self.aux(stats))
+
+    def run(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, want_stats: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if _is_compiling():
+            return torch.ops.attnengine.attention(q, k, v, self.tensors, self.key, self.scale)
+        try:
+            if _grad_enabled() and (
+                q.requires_grad or k.requires_grad or v.requires_grad or self.capture_grads
+            ):
+                if self.program.backward_id < 0:
+                    self.program.backward()
+                return Attention.apply(q, k, v, self.program, self.scale, *self.tensors)
+            return ops.forward(q, k, v, self.tensors, self.id, self.scale, want_stats)
+        except ValueError as error:
+            raise ops.translate(error) from None
+
+    def aux(self, stats: torch.Tensor) -> Statistics:
+        return Statistics({n: stats[i] for i, n in enumerate(self.program.sources.stats)})
+
+    # -- what runs --------------------------------------------------------------------------------
+    @property
+    def pipeline(self) -> Pipeline:
+        if self._pipeline is None:
+            self._pipeline = dispatch.pipeline(
+                self.spec, dispatch.captures_for(self.spec), self.program.element,
+                self.head_dim, self.value_dim, self.program.isa,
+            )  # fmt: skip
+        return self._pipeline
+
+    @property
+    def plan(self) -> Plan:
+        return self.pipeline.forward_plans[0]
+
+    @property
+    def backward_plan(self) -> Plan | None:
+        plans = self.pipeline.backward_plans
+        return plans[0] if plans else None
+
+    @property
+    def source(self) -> str:
+        return self.program.sources.forward
+
+    @property
+    def backward_source(self) -> str | None:
+        return self.program.sources.backward
+
+    def explain(self) -> str:
+        """Every stage of this kernel as text."""
+        from .explain import describe
+
+        return describe(self)
+
+    def __repr__(self) -> str:
+        p = self.program
+        return f"<attnengine.Handle {p.name}, statistics {list(p.sources.stats)}>"

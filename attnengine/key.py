@@ -1,0 +1,86 @@
+"""The canonical, hashable meaning of one kernel.
+
+A key holds what the generated code depends on and nothing else: never batch, heads, lengths,
+strides or object identities. Two specs that mean the same have equal keys and share one kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .derive import Derived
+from .ir import Node, digest, inputs_of, text
+from .trace import Traced
+
+
+@dataclass(frozen=True)
+class KernelKey:
+    """``graphs`` is the canonical text of every traced function that the kernel contains."""
+
+    kind: str  # "forward" or "backward"
+    element: str  # dtype of q, k, v: f32, f64, bf16
+    head_dim: int
+    value_dim: int
+    graphs: str
+    captures: tuple[tuple[str, int], ...]  # (dtype, rank) of each captured tensor
+    grads: tuple[int, ...]
+    saved_states: tuple[str, ...]  # running states kept for backward
+    group_varies: bool  # the mask depends on the head: rows of a tile come from one head
+
+    def digest(self) -> str:
+        return digest(repr(self))
+
+
+def _graphs(traced: Traced, extra: dict[str, Node]) -> str:
+    row = traced.row
+    roots: dict[str, Node] = {}
+    if traced.mask is not None:
+        roots["mask"] = traced.mask
+    if traced.score is not None:
+        roots["score"] = traced.score
+    roots |= {f"mod.{n}": v for n, v in traced.operands.items()}
+    roots |= {f"init.{n}": v for n, v in row.init.items()}
+    return text(roots | extra)
+
+
+def group_varies(traced: Traced) -> bool:
+    return traced.mask is not None and "h" in inputs_of([traced.mask])
+
+
+def _captures(traced: Traced) -> tuple[tuple[str, int], ...]:
+    from .ir import DTYPE_NAMES
+
+    return tuple((DTYPE_NAMES[t.dtype], t.dim()) for t in traced.captures)
+
+
+def forward_key(
+    traced: Traced, element: str, head_dim: int, value_dim: int, saved_states: tuple[str, ...]
+) -> KernelKey:
+    row = traced.row
+    extra = {"weights": row.weights_online, "factor": row.factor, "out": row.out_factor}
+    extra |= {f"new.{n}": v for n, v in row.new_state.items()}
+    extra |= {f"saved.{n}": v for n, v in row.saved.items()}
+    if row.merged is not None and row.merge_factors is not None:
+        extra |= {f"merged.{n}": v for n, v in row.merged.items()}
+        extra |= {"fa": row.merge_factors[0], "fb": row.merge_factors[1]}
+    return KernelKey(
+        "forward", element, head_dim, value_dim, _graphs(traced, extra), _captures(traced), (),
+        saved_states, group_varies(traced),
+    )  # fmt: skip
+
+
+def backward_key(
+    traced: Traced, derived: Derived, element: str, head_dim: int, value_dim: int
+) -> KernelKey:
+    extra = {"weights": derived.weights, "dscore": derived.dscore}
+    for kind, scatters in (("s", derived.scatters), ("r", derived.row_scatters)):
+        for i, s in enumerate(scatters):
+            extra |= {f"{kind}{i}.c{s.capture}": s.value}
+            extra |= {f"{kind}{i}.i{j}": x for j, x in enumerate(s.index)}
+    for name, (node, scatters) in derived.operands.items():
+        extra[f"d{name}"] = node
+        extra |= {f"d{name}.s{i}.c{s.capture}": s.value for i, s in enumerate(scatters)}
+    return KernelKey(
+        "backward", element, head_dim, value_dim, _graphs(traced, extra), _captures(traced),
+        derived.grads, derived.final_states, group_varies(traced),
+    )  # fmt: skip
