@@ -18,7 +18,7 @@ AE_INLINE bool add_index(int64_t i, int64_t size, int64_t stride, int64_t& offse
 
 // One lane of an index or a mask; scalars are the same in all lanes.
 template <class X>
-AE_INLINE auto lane_of(X x, int lane) {
+AE_INLINE auto lane_of(const X& x, int lane) {
   if constexpr (Scalar<X>) {
     return x;
   } else {
@@ -38,8 +38,8 @@ constexpr int kLanesIn<void> = 0;
 
 // Any indices, lane by lane: the path that is always right.
 template <class T, int W, class Live, class... Idx>
-__attribute__((noinline)) ValueVector<T, W> gather_lanes(const Env& env, int cap, Live live,
-                                                         Idx... idx) {
+__attribute__((noinline)) ValueVector<T, W> gather_lanes(const Env& env, int cap, const Live& live,
+                                                         const Idx&... idx) {
   const ae_capture& c = env.cap[cap];
   ValueVector<T, W> out = {};
   for (int lane = 0; lane < W; ++lane) {
@@ -124,8 +124,8 @@ struct LaneOffsets {
       bool fits = size <= kLimit && stride <= kLimit && stride >= -kLimit;
       span += fits ? size * abs(stride) : kLimit;
       ElemOf<X> n = static_cast<ElemOf<X>>(size);
-      i = i < 0 ? i + n : i;
-      inside &= to_mask(wrap(i) < splat<Wrap<X>>(n));
+      i = choose(lt(i, 0), add(i, n), i);
+      inside &= lt(wrap(i), splat<Wrap<X>>(n));
       offsets = add(offsets, mul(to_i32(i), static_cast<int32_t>(stride)));
     }
   }
@@ -215,7 +215,7 @@ AE_INLINE auto gather_run(const Env& env, int cap, Live live, Idx... idx) {
         if constexpr (Scalar<Live>) {
           return live ? x : V{};
         } else {
-          return mask_for<V>(live) ? x : V{};
+          return choose(live, x, V{});
         }
       }
 #if defined(__AVX2__)

@@ -14,8 +14,8 @@ AE_INLINE bool append_index(int64_t i, int64_t size, int64_t& offset) {
 }
 
 template <int W, class A, class Live, class Value, class... Idx>
-__attribute__((noinline)) void scatter_lanes(const Env& env, int cap, A* grad, Live live,
-                                             Value value, Idx... idx) {
+__attribute__((noinline)) void scatter_lanes(const Env& env, int cap, A* grad, const Live& live,
+                                             const Value& value, const Idx&... idx) {
   const ae_capture& c = env.cap[cap];
   for (int lane = 0; lane < W; ++lane) {
     if (!lane_of(live, lane)) continue;

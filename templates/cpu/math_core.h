@@ -1,168 +1,59 @@
-// Types and conversions of the vocabulary (math.h), and its arithmetic and bit operations.
+// Comparison, choice, arithmetic and bit operations of the vocabulary (math.h).
 #pragma once
-#include <cstdint>
-#include <type_traits>
-
-#include "cpu/lanes.h"
-
-#if defined(__SSE4_1__)
-#include <immintrin.h>
-#endif
-
-// Vectors wider than a register are passed in memory; every function here is inlined, so the
-// calling convention that GCC warns about is never used.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
-#define AE_INLINE inline __attribute__((always_inline))
+#include "cpu/math_convert.h"
 
 namespace ae {
 
-template <class T>
-concept Scalar = std::is_arithmetic_v<T>;
-
-template <class T>
-concept Vec = !Scalar<T> && requires(T& v) {
-  v[0];
-  v + v;
-};
-
-template <class T>
-struct LaneTraits {
-  using Elem = T;
-  static constexpr int W = 1;
-};
-template <Vec T>
-struct LaneTraits<T> {
-  using Elem = std::remove_reference_t<decltype(std::declval<T&>()[0])>;
-  static constexpr int W = sizeof(T) / sizeof(Elem);
-};
-template <class T>
-using ElemOf = typename LaneTraits<T>::Elem;
-template <class T>
-constexpr int kLanes = LaneTraits<T>::W;
-
-// The type with the lanes of V and the element type T: T itself for a scalar V.
-template <class V, class T>
-struct RetypeOf {
-  using type = T;
-};
-template <Vec V, class T>
-struct RetypeOf<V, T> {
-  using type = Vector<T, kLanes<V>>;
-};
-template <class V, class T>
-using Retype = typename RetypeOf<V, T>::type;
-
-// The type that operands A and B are brought to: the first vector among them, else C++'s own rule.
-template <class A, class B>
-struct CommonOf {
-  using type = std::conditional_t<Vec<A>, A, B>;
-};
-template <Scalar A, Scalar B>
-struct CommonOf<A, B> {
-  using type = std::common_type_t<A, B>;
-};
-template <class A, class B>
-using Common = typename CommonOf<A, B>::type;
-
-template <class T>
-concept FloatLike = std::is_floating_point_v<ElemOf<T>>;
-template <class T>
-concept IntLike = std::is_integral_v<ElemOf<T>>;
-template <class T>
-using BoolOf = Retype<T, std::conditional_t<Vec<T>, int32_t, bool>>;  // bool or the Mask of T
-
-template <class V, class X>
-AE_INLINE V splat(X x) {
-  if constexpr (std::is_same_v<V, X>) {
-    return x;
-  } else if constexpr (Scalar<V>) {
-    return static_cast<V>(x);
-  } else if constexpr (std::is_same_v<X, bool>) {
-    return static_cast<ElemOf<V>>(-static_cast<int>(x)) - V{};
+// op(x, y) as a Mask for vectors of one type, as a bool for scalars.
+template <class Op, class V>
+AE_INLINE BoolOf<V> compare(V x, V y) {
+  if constexpr (Scalar<V>) {
+    return Op::of(x, y);
+  } else if constexpr (kWide<V>) {
+    return join(compare<Op>(lower_half(x), lower_half(y)),
+                compare<Op>(upper_half(x), upper_half(y)));
   } else {
-    return static_cast<ElemOf<V>>(x) - V{};  // x - 0 is x, also for -0 and NaN
+    return convert<int32_t>(Op::of(x, y));
   }
 }
 
-template <class T, class X>
-AE_INLINE Retype<X, T> convert(X x) {
-  if constexpr (std::is_same_v<ElemOf<X>, T>) {
-    return x;
-  } else if constexpr (Scalar<X>) {
-    return static_cast<T>(x);
+// c ? x : y for a Mask, or a bool with scalars.
+template <class C, class V>
+AE_INLINE V choose(C c, V x, V y) {
+  if constexpr (Scalar<V>) {
+    return c ? x : y;
+  } else if constexpr (kWide<V>) {
+    return join(choose(lower_half(c), lower_half(x), lower_half(y)),
+                choose(upper_half(c), upper_half(x), upper_half(y)));
   } else {
-    return __builtin_convertvector(x, Retype<X, T>);
+    using Lane = std::conditional_t<sizeof(ElemOf<V>) == 8, int64_t, int32_t>;
+    return convert<Lane>(c) ? x : y;
   }
 }
 
-// Same bits, other element type of the same size.
-template <class T, class X>
-AE_INLINE Retype<X, T> bits_as(X x) {
-  static_assert(sizeof(T) == sizeof(ElemOf<X>));
-  return __builtin_bit_cast(Retype<X, T>, x);
-}
-
-template <class X>
-AE_INLINE auto to_f32(X x) {
-  return convert<float>(x);
-}
-template <class X>
-AE_INLINE auto to_f64(X x) {
-  return convert<double>(x);
-}
-template <class X>
-AE_INLINE auto to_i32(X x) {
-  return convert<int32_t>(x);
-}
-template <class X>
-AE_INLINE auto to_i64(X x) {
-  return convert<int64_t>(x);
-}
-
-// Narrows the result of a vector comparison (as wide as its operands) to a Mask, and back.
-template <Vec M>
-AE_INLINE auto to_mask(M m) {
-  return convert<int32_t>(m);
-}
-template <Vec V, Vec M>
-AE_INLINE auto mask_for(M m) {
-  using Int = std::conditional_t<sizeof(ElemOf<V>) == 8, int64_t, int32_t>;
-  return convert<Int>(m);
-}
+#define AE_COMPARE(name, op)                             \
+  struct name##_op {                                     \
+    template <class V>                                   \
+    static AE_INLINE auto of(V x, V y) {                 \
+      return x op y;                                     \
+    }                                                    \
+  };                                                     \
+  template <class A, class B>                            \
+  AE_INLINE auto name(A a, B b) {                        \
+    using V = Common<A, B>;                              \
+    return compare<name##_op>(splat<V>(a), splat<V>(b)); \
+  }
+AE_COMPARE(eq, ==)
+AE_COMPARE(ne, !=)
+AE_COMPARE(lt, <)
+AE_COMPARE(le, <=)
+AE_COMPARE(gt, >)
+AE_COMPARE(ge, >=)
+#undef AE_COMPARE
 
 template <class X>
 AE_INLINE BoolOf<X> to_bool(X x) {
-  if constexpr (Scalar<X>) {
-    return x != 0;
-  } else {
-    return to_mask(x != X{});
-  }
-}
-
-template <class X>
-AE_INLINE auto mask_to_i32(X m) {
-  if constexpr (Scalar<X>) {
-    return static_cast<int32_t>(m);
-  } else {
-    return m & 1;
-  }
-}
-template <class X>
-AE_INLINE auto mask_to_i64(X m) {
-  return convert<int64_t>(mask_to_i32(m));
-}
-template <class X>
-AE_INLINE auto mask_to_f32(X m) {
-  if constexpr (Scalar<X>) {
-    return static_cast<float>(m);
-  } else {
-    return bits_as<float>(m & 0x3f800000);  // the bits of 1.0f
-  }
-}
-template <class X>
-AE_INLINE auto mask_to_f64(X m) {
-  return convert<double>(mask_to_f32(m));
+  return ne(x, X{});
 }
 
 // Integer arithmetic wraps, as in torch: it is done on the unsigned type.
@@ -218,7 +109,7 @@ AE_INLINE X abs(X x) {
   } else if constexpr (std::is_same_v<ElemOf<X>, double>) {
     return bits_as<double>(bits_as<int64_t>(x) & 0x7fffffffffffffff);
   } else {
-    return x < 0 ? neg(x) : x;
+    return choose(lt(x, X{}), neg(x), x);
   }
 }
 
@@ -248,16 +139,15 @@ AE_INLINE auto shl(A a, B b) {
   using V = Common<A, B>;
   constexpr int kBits = 8 * sizeof(ElemOf<V>);
   V x = splat<V>(a), n = splat<V>(b);
-  Wrap<V> u = wrap(n);
-  return convert<ElemOf<V>>(u < kBits ? wrap(x) << (u & (kBits - 1)) : Wrap<V>{});
+  V shifted = convert<ElemOf<V>>(wrap(x) << wrap(n & (kBits - 1)));
+  return choose(eq(n & (kBits - 1), n), shifted, V{});
 }
 template <class A, class B>
 AE_INLINE auto shr(A a, B b) {
   using V = Common<A, B>;
   constexpr int kBits = 8 * sizeof(ElemOf<V>);
-  V x = splat<V>(a);
-  Wrap<V> u = wrap(splat<V>(b));
-  return x >> convert<ElemOf<V>>(u < kBits ? u : splat<Wrap<V>>(kBits - 1));
+  V x = splat<V>(a), n = splat<V>(b);
+  return V(x >> choose(eq(n & (kBits - 1), n), n, splat<V>(kBits - 1)));
 }
 
 // Round to the nearest bfloat16, ties to even; the result stays float.

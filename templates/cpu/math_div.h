@@ -27,9 +27,14 @@ struct IntQuotient {
 // one, far more than the rounding error.
 template <bool kFloored, Vec V>
 AE_INLINE V int32_quotient(V a, V b) {
-  auto q = to_f64(a) / to_f64(b);
-  auto whole = round_to<kFloored ? kFloor : kTrunc>(q);
-  return b == 0 ? V{} : to_i32(to_i64(whole));
+  if constexpr (kWide<Retype<V, double>>) {
+    return join(int32_quotient<kFloored>(lower_half(a), lower_half(b)),
+                int32_quotient<kFloored>(upper_half(a), upper_half(b)));
+  } else {
+    auto q = to_f64(a) / to_f64(b);
+    auto whole = round_to<kFloored ? kFloor : kTrunc>(q);
+    return choose(eq(b, 0), V{}, to_i32(whole));
+  }
 }
 // The same by one divisor: times its reciprocal. With half added to the dividend the product is
 // never within rounding error of an integer.
@@ -37,19 +42,20 @@ template <bool kFloored, Vec V>
 AE_INLINE V int32_quotient(V a, int32_t b) {
   if (__builtin_constant_p(b) && b > 0 && (b & (b - 1)) == 0) {
     V bias = kFloored ? V{} : (a >> 31) & (b - 1);
-    return (a + bias) >> __builtin_ctz(static_cast<uint32_t>(b | 1 << 31));
+    return (a + bias) >> __builtin_ctz(static_cast<uint32_t>(b) | 1u << 31);
   }
-  double inverse = b == 0 ? 0.0 : 1.0 / b;
-  auto x = to_f64(a);
-  if constexpr (kFloored) {
-    double half = b < 0 ? -0.5 : 0.5;
-    auto whole = round_to<kFloor>((x + half) * inverse);
-    return b == 0 ? V{} : to_i32(to_i64(whole));
+  if constexpr (kWide<Retype<V, double>>) {
+    return join(int32_quotient<kFloored>(lower_half(a), b),
+                int32_quotient<kFloored>(upper_half(a), b));
   } else {
-    auto whole = round_to<kFloor>((abs(x) + 0.5) * (b < 0 ? -inverse : inverse));
-    auto q = to_i32(to_i64(whole));
-    auto negative = b < 0 ? a > 0 : a < 0;
-    return b == 0 ? V{} : (negative ? -q : q);
+    double inverse = b == 0 ? 0.0 : 1.0 / b;
+    auto x = to_f64(a);
+    if constexpr (kFloored) {
+      return to_i32(round_to<kFloor>((x + (b < 0 ? -0.5 : 0.5)) * inverse));
+    } else {
+      auto q = round_to<kFloor>((abs(x) + 0.5) * abs(inverse));
+      return to_i32(copysign(q, b < 0 ? -x : x));
+    }
   }
 }
 

@@ -28,9 +28,9 @@ AE_INLINE V scale_by_exp2(V p, V n) {
   return p * bits_as<float>((half + 127) << 23) * bits_as<float>((e - half + 127) << 23);
 }
 
-// 1/d for d in [1, 2], within 1 ulp; NaN passes.
+// 1/d within 1 ulp for d from 1 to 2^64; NaN passes.
 template <Vec V>
-AE_INLINE V reciprocal_1_to_2(V d) {
+AE_INLINE V fast_reciprocal(V d) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(V) == 64) {
     V r = (V)_mm512_rcp14_ps((__m512)d);
@@ -40,34 +40,52 @@ AE_INLINE V reciprocal_1_to_2(V d) {
   return 1.0f / d;
 }
 
-// exp(x) for x in [-104, 89]; NaN passes.
-template <Vec V>
+#if defined(__FMA__)
+constexpr bool kHasFma = true;
+#else
+constexpr bool kHasFma =
+    false;  // every step rounds twice, so the shorter polynomials are too coarse
+#endif
+
+// exp(x) for x in [-104, 89]; NaN passes. The polynomial alone is within 1.5 half-ulps for kShort,
+// within 0.04 otherwise.
+template <bool kShort = kHasFma, Vec V>
 AE_INLINE V exp_in_range(V x) {
   V n = round_to<kNearestEven>(x * 1.44269504f);
   V r = x - n * 0.693359375f;  // ln 2 in two parts; n times the first is exact
   r = r + n * 2.12194440e-4f;
-  V p = 0.008290305733680725f * r + 0.0418979749083519f;
-  p = p * r + 0.1666763722896576f;
-  p = p * r + 0.4999915063381195f;
-  p = p * r + 0.9999997019767761f;
+  V p;
+  if constexpr (kShort) {
+    p = 0.008289964869618416f * r + 0.04189823195338249f;
+    p = p * r + 0.16667741537094116f;
+    p = p * r + 0.4999915361404419f;
+    p = p * r + 0.9999996423721313f;
+  } else {
+    p = 0.001384364441037178f * r + 0.008374162949621677f;
+    p = p * r + 0.04166800156235695f;
+    p = p * r + 0.16666431725025177f;
+    p = p * r + 0.4999999403953552f;
+    p = p * r + 1.0f;
+  }
   p = p * r + 1.0f;
   return scale_by_exp2(p, n);
 }
 
-// expm1(x) for x in [-18, 89]; NaN passes.
-template <Vec V>
-AE_INLINE V expm1_in_range(V x) {
-  V n = round_to<kNearestEven>(x * 1.44269504f);
-  V r = x - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  V p = 0.0013882521307095885f * r + 0.008366520516574383f;
-  p = p * r + 0.04166720062494278f;
-  p = p * r + 0.1666654348373413f;
-  p = p * r + 0.4999999701976776f;
-  p = p * (r * r) + r;  // expm1(r)
-  // 2^n expm1(r) + 2^n - 1 = 2^n (expm1(r) + (1 - 2^-n)), where the inner difference loses nothing
-  return scale_by_exp2(p + (1.0f - scale_by_exp2(splat<V>(1.0f), -n)), n);
-}
+// x = n ln 2 + r and p = expm1(r).
+template <class V>
+struct ReducedExpm1 {
+  V n, p;
+  AE_INLINE explicit ReducedExpm1(V x) {
+    n = round_to<kNearestEven>(x * 1.44269504f);
+    V r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    p = 0.0013882521307095885f * r + 0.008366520516574383f;
+    p = p * r + 0.04166720062494278f;
+    p = p * r + 0.1666654348373413f;
+    p = p * r + 0.4999999701976776f;
+    p = p * (r * r) + r;
+  }
+};
 
 struct exp_vector {
   template <class V>
@@ -82,19 +100,30 @@ struct exp2_vector {
     x = clamp_keep_nan(x, -151.0f, 129.0f);
     V n = round_to<kNearestEven>(x);
     V r = x - n;
-    V p = 0.0013264724984765053f * r + 0.009671514853835106f;
-    p = p * r + 0.05550733953714371f;
-    p = p * r + 0.24022242426872253f;
-    p = p * r + 0.6931470036506653f;
+    V p;
+    if constexpr (kHasFma) {
+      p = 0.0013264724984765053f * r + 0.009671313688158989f;
+      p = p * r + 0.05550740286707878f;
+      p = p * r + 0.24022242426872253f;
+      p = p * r + 0.6931469440460205f;
+    } else {
+      p = 0.00015353360504377633f * r + 0.001339887734502554f;
+      p = p * r + 0.00961843691766262f;
+      p = p * r + 0.055503323674201965f;
+      p = p * r + 0.24022647738456726f;
+      p = p * r + 0.6931471824645996f;
+    }
     p = p * r + 1.0f;
     return scale_by_exp2(p, n);
   }
 };
 
+// 2^n expm1(r) + 2^n - 1 = 2^n (expm1(r) + (1 - 2^-n)), where the inner difference loses nothing.
 struct expm1_vector {
   template <class V>
   static AE_INLINE V of(V x) {
-    return expm1_in_range(clamp_keep_nan(x, -18.0f, 89.0f));
+    ReducedExpm1<V> e(clamp_keep_nan(x, -18.0f, 89.0f));  // beyond these: -1 and infinity
+    return scale_by_exp2(e.p + (1.0f - scale_by_exp2(splat<V>(1.0f), -e.n)), e.n);
   }
 };
 
@@ -102,19 +131,23 @@ struct expm1_vector {
 struct sigmoid_vector {
   template <class V>
   static AE_INLINE V of(V x) {
-    V magnitude = abs(x);
-    V e = exp_in_range(max_or_second(splat<V>(-104.0f), -magnitude));
-    V r = reciprocal_1_to_2(1.0f + e);
+    V e = exp_in_range<false>(max_or_second(splat<V>(-104.0f), -abs(x)));
+    V r = fast_reciprocal(1.0f + e);
     return bits_as<int32_t>(x) < 0 ? e * r : r;
   }
 };
 
-// With m = expm1(-2|x|): tanh |x| = -m / (2 + m).
+// tanh |x| = m / (2 - m) with m = 1 - exp(-2|x|). (A rational function would be a few operations
+// shorter, but near 1 the rounding of its terms costs 5 ulp.)
 struct tanh_vector {
   template <class V>
   static AE_INLINE V of(V x) {
-    V m = expm1_in_range(max_or_second(splat<V>(-18.0f), -2.0f * abs(x)));
-    return copysign(m * reciprocal_1_to_2(2.0f + m), x);
+    V y = abs(x);
+    y = max_or_second(splat<V>(-18.0f), -(y + y));  // beyond: 1
+    ReducedExpm1<V> e(y);
+    V power = scale_by_exp2(splat<V>(1.0f), e.n);
+    V m = (1.0f - power) - power * e.p;
+    return copysign(m * fast_reciprocal(2.0f - m), x);
   }
 };
 

@@ -113,6 +113,12 @@ AE_INLINE auto copysign(A a, B b) {
   using Int = std::conditional_t<sizeof(ElemOf<V>) == 8, uint64_t, uint32_t>;
   constexpr Int kSign = Int{1} << (8 * sizeof(Int) - 1);
   auto x = bits_as<Int>(splat<V>(a)), y = bits_as<Int>(splat<V>(b));
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) {  // one operation: y where the mask has ones, else x
+    __m512i mask = (__m512i)splat<decltype(x)>(kSign);
+    return (V)_mm512_ternarylogic_epi64(mask, (__m512i)y, (__m512i)x, 0xca);
+  }
+#endif
   return bits_as<ElemOf<V>>((x & ~kSign) | (y & kSign));
 }
 

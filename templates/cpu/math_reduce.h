@@ -1,27 +1,15 @@
 // Reductions over the lanes of a vector (a tree: the order is fixed), and the lane numbers.
 #pragma once
-#include <utility>
-
 #include "cpu/math_select.h"
 
 namespace ae {
-
-template <Vec V, int... I>
-AE_INLINE auto lower_half(V v, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(v, v, I...);
-}
-template <Vec V, int... I>
-AE_INLINE auto upper_half(V v, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(v, v, (I + static_cast<int>(sizeof...(I)))...);
-}
 
 template <class F, Vec V>
 AE_INLINE ElemOf<V> reduce(V v) {
   if constexpr (kLanes<V> == 2) {
     return F::of(v[0], v[1]);
   } else {
-    std::make_integer_sequence<int, kLanes<V> / 2> half;
-    return reduce<F>(F::of(lower_half(v, half), upper_half(v, half)));
+    return reduce<F>(F::of(lower_half(v), upper_half(v)));
   }
 }
 

@@ -30,6 +30,8 @@ AE_INLINE V round_to(V x) {
     return (V)_mm_round_pd((__m128d)x, kMode | _MM_FROUND_NO_EXC);
   }
 #endif
+  if constexpr (kWide<V>)
+    return join(round_to<kMode>(lower_half(x)), round_to<kMode>(upper_half(x)));
   // Adding 2^23 (2^52) leaves no bits for a fraction; larger numbers are integers already.
   using Int = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
   constexpr T kBig = sizeof(T) == 8 ? T(4503599627370496.0) : T(8388608.0);
@@ -38,18 +40,18 @@ AE_INLINE V round_to(V x) {
   V r = near;
   auto sign_bits = bits_as<Int>(x) ^ bits_as<Int>(magnitude);
   if constexpr (kMode == kTrunc) {
-    r = near > magnitude ? near - T(1) : near;
+    r = choose(gt(near, magnitude), near - T(1), near);
   } else if constexpr (kMode != kNearestEven) {
     near = bits_as<T>(bits_as<Int>(near) | sign_bits);
     if constexpr (kMode == kFloor) {
-      r = near > x ? near - T(1) : near;
+      r = choose(gt(near, x), near - T(1), near);
     } else {
-      r = near < x ? near + T(1) : near;
+      r = choose(lt(near, x), near + T(1), near);
     }
     r = abs(r);
   }
   r = bits_as<T>(bits_as<Int>(r) | sign_bits);
-  return magnitude < kBig ? r : x;
+  return choose(lt(magnitude, kBig), r, x);
 }
 
 #define AE_ROUNDING(name, mode, libm)                \

@@ -5,25 +5,6 @@
 
 namespace ae {
 
-#define AE_COMPARE(name, op)            \
-  template <class A, class B>           \
-  AE_INLINE auto name(A a, B b) {       \
-    using V = Common<A, B>;             \
-    V x = splat<V>(a), y = splat<V>(b); \
-    if constexpr (Scalar<V>) {          \
-      return x op y;                    \
-    } else {                            \
-      return to_mask(x op y);           \
-    }                                   \
-  }
-AE_COMPARE(eq, ==)
-AE_COMPARE(ne, !=)
-AE_COMPARE(lt, <)
-AE_COMPARE(le, <=)
-AE_COMPARE(gt, >)
-AE_COMPARE(ge, >=)
-#undef AE_COMPARE
-
 #define AE_LOGICAL(name, op)                           \
   template <class A, class B>                          \
   AE_INLINE auto name(A a, B b) {                      \
@@ -51,9 +32,9 @@ AE_INLINE auto select(C c, A a, B b) {
   if constexpr (Scalar<C>) {
     return c ? splat<T>(a) : splat<T>(b);
   } else {
-    using V = std::conditional_t<std::is_same_v<T, bool>, C,
-                                 std::conditional_t<Vec<T>, T, Retype<C, ElemOf<T>>>>;
-    return mask_for<V>(c) ? splat<V>(a) : splat<V>(b);
+    using Elem = std::conditional_t<std::is_same_v<T, bool>, int32_t, ElemOf<T>>;
+    using V = Retype<C, Elem>;
+    return choose(c, splat<V>(a), splat<V>(b));
   }
 }
 
@@ -72,15 +53,41 @@ AE_INLINE X sign(X x) {
   return sub(select(gt(x, 0), splat<X>(1), X{}), select(lt(x, 0), splat<X>(1), X{}));
 }
 
-// The hardware minimum: b when either operand is NaN.
-template <class V>
-AE_INLINE V min_or_second(V a, V b) {
-  return a < b ? a : b;
-}
-template <class V>
-AE_INLINE V max_or_second(V a, V b) {
-  return a > b ? a : b;
-}
+// The hardware's minimum and maximum: b when either operand is NaN.
+#define AE_EXTREMUM(name, op, intrinsic)    \
+  template <class V>                        \
+  AE_INLINE V name(V a, V b) {              \
+    AE_EXTREMUM_512(intrinsic)              \
+    AE_EXTREMUM_256(intrinsic)              \
+    return choose(compare<op>(a, b), a, b); \
+  }
+#if defined(__AVX512F__)
+#define AE_EXTREMUM_512(intrinsic)                             \
+  if constexpr (std::is_same_v<V, Vector<float, 16>>) {        \
+    return (V)_mm512_##intrinsic##_ps((__m512)a, (__m512)b);   \
+  } else if constexpr (std::is_same_v<V, Vector<double, 8>>) { \
+    return (V)_mm512_##intrinsic##_pd((__m512d)a, (__m512d)b); \
+  }
+#else
+#define AE_EXTREMUM_512(intrinsic)
+#endif
+#if defined(__AVX2__)
+#define AE_EXTREMUM_256(intrinsic)                             \
+  if constexpr (std::is_same_v<V, Vector<float, 8>>) {         \
+    return (V)_mm256_##intrinsic##_ps((__m256)a, (__m256)b);   \
+  } else if constexpr (std::is_same_v<V, Vector<double, 4>>) { \
+    return (V)_mm256_##intrinsic##_pd((__m256d)a, (__m256d)b); \
+  } else if constexpr (std::is_same_v<V, Vector<float, 4>>) {  \
+    return (V)_mm_##intrinsic##_ps((__m128)a, (__m128)b);      \
+  }
+#else
+#define AE_EXTREMUM_256(intrinsic)
+#endif
+AE_EXTREMUM(min_or_second, lt_op, min)
+AE_EXTREMUM(max_or_second, gt_op, max)
+#undef AE_EXTREMUM
+#undef AE_EXTREMUM_512
+#undef AE_EXTREMUM_256
 
 // Of floats, NaN when either operand is, as torch.
 template <class A, class B>
@@ -88,7 +95,7 @@ AE_INLINE auto minimum(A a, B b) {
   using V = Common<A, B>;
   V x = splat<V>(a), y = splat<V>(b);
   V r = min_or_second(x, y);
-  if constexpr (FloatLike<V>) r = x == x ? r : x;
+  if constexpr (FloatLike<V>) r = choose(eq(x, x), r, x);
   return r;
 }
 template <class A, class B>
@@ -96,7 +103,7 @@ AE_INLINE auto maximum(A a, B b) {
   using V = Common<A, B>;
   V x = splat<V>(a), y = splat<V>(b);
   V r = max_or_second(x, y);
-  if constexpr (FloatLike<V>) r = x == x ? r : x;
+  if constexpr (FloatLike<V>) r = choose(eq(x, x), r, x);
   return r;
 }
 

@@ -1,0 +1,203 @@
+// Operand types of the vocabulary (math.h), broadcasts and conversions.
+#pragma once
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "cpu/lanes.h"
+
+#if defined(__SSE4_1__)
+#include <immintrin.h>
+#endif
+
+// Vectors wider than a register are passed in memory; every function here is inlined, so the
+// calling convention that GCC warns about is never used.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+#define AE_INLINE inline __attribute__((always_inline))
+
+namespace ae {
+
+template <class T>
+concept Scalar = std::is_arithmetic_v<T>;
+
+template <class T>
+concept Vec = !Scalar<T> && requires(T& v) {
+  v[0];
+  v + v;
+};
+
+template <class T>
+struct LaneTraits {
+  using Elem = T;
+  static constexpr int W = 1;
+};
+template <Vec T>
+struct LaneTraits<T> {
+  using Elem = std::remove_reference_t<decltype(std::declval<T&>()[0])>;
+  static constexpr int W = sizeof(T) / sizeof(Elem);
+};
+template <class T>
+using ElemOf = typename LaneTraits<T>::Elem;
+template <class T>
+constexpr int kLanes = LaneTraits<T>::W;
+
+// The type with the lanes of V and the element type T: T itself for a scalar V.
+template <class V, class T>
+struct RetypeOf {
+  using type = T;
+};
+template <Vec V, class T>
+struct RetypeOf<V, T> {
+  using type = Vector<T, kLanes<V>>;
+};
+template <class V, class T>
+using Retype = typename RetypeOf<V, T>::type;
+
+// The type that operands A and B are brought to: the first vector among them, else C++'s own rule.
+template <class A, class B>
+struct CommonOf {
+  using type = std::conditional_t<Vec<A>, A, B>;
+};
+template <Scalar A, Scalar B>
+struct CommonOf<A, B> {
+  using type = std::common_type_t<A, B>;
+};
+template <class A, class B>
+using Common = typename CommonOf<A, B>::type;
+
+template <class T>
+concept FloatLike = std::is_floating_point_v<ElemOf<T>>;
+template <class T>
+concept IntLike = std::is_integral_v<ElemOf<T>>;
+template <class T>
+using BoolOf = Retype<T, std::conditional_t<Vec<T>, int32_t, bool>>;  // bool or the Mask of T
+
+template <class V, class X>
+AE_INLINE V splat(X x) {
+  if constexpr (std::is_same_v<V, X>) {
+    return x;
+  } else if constexpr (Scalar<V>) {
+    return static_cast<V>(x);
+  } else if constexpr (std::is_same_v<X, bool>) {
+    return static_cast<ElemOf<V>>(-static_cast<int>(x)) - V{};
+  } else {
+    return static_cast<ElemOf<V>>(x) - V{};  // x - 0 is x, also for -0 and NaN
+  }
+}
+
+// Comparing, selecting and converting vectors that are wider than a register goes by halves: left
+// to the compiler it would go lane by lane.
+template <class V>
+constexpr bool kWide = sizeof(V) > kRegisterBytes;
+
+template <int kFirst, Vec V, int... I>
+AE_INLINE auto some_lanes(V v, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(v, v, (kFirst + I)...);
+}
+template <Vec V>
+AE_INLINE auto lower_half(V v) {
+  return some_lanes<0>(v, std::make_integer_sequence<int, kLanes<V> / 2>());
+}
+template <Vec V>
+AE_INLINE auto upper_half(V v) {
+  return some_lanes<kLanes<V> / 2>(v, std::make_integer_sequence<int, kLanes<V> / 2>());
+}
+template <Vec H, int... I>
+AE_INLINE auto join_lanes(H lower, H upper, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(lower, upper, I...);
+}
+template <Vec H>
+AE_INLINE auto join(H lower, H upper) {
+  return join_lanes(lower, upper, std::make_integer_sequence<int, 2 * kLanes<H>>());
+}
+
+// The conversions between lanes of different sizes that the compiler would do in several steps.
+#define AE_CONVERSION(From, To, W, intrinsic, Register)         \
+  AE_INLINE Vector<To, W> resize_lanes(Vector<From, W> x, To) { \
+    return (Vector<To, W>)intrinsic((Register)x);               \
+  }
+template <class V, class T>
+void resize_lanes(V, T) = delete;
+#if defined(__AVX512F__)
+AE_CONVERSION(int32_t, double, 8, _mm512_cvtepi32_pd, __m256i)
+AE_CONVERSION(float, double, 8, _mm512_cvtps_pd, __m256)
+AE_CONVERSION(int32_t, int64_t, 8, _mm512_cvtepi32_epi64, __m256i)
+AE_CONVERSION(int64_t, int32_t, 8, _mm512_cvtepi64_epi32, __m512i)
+AE_CONVERSION(uint16_t, uint32_t, 16, _mm512_cvtepu16_epi32, __m256i)
+AE_CONVERSION(int16_t, int32_t, 16, _mm512_cvtepi16_epi32, __m256i)
+#endif
+#if defined(__AVX2__)
+AE_CONVERSION(int32_t, double, 4, _mm256_cvtepi32_pd, __m128i)
+AE_CONVERSION(float, double, 4, _mm256_cvtps_pd, __m128)
+AE_CONVERSION(int32_t, int64_t, 4, _mm256_cvtepi32_epi64, __m128i)
+AE_CONVERSION(uint16_t, uint32_t, 8, _mm256_cvtepu16_epi32, __m128i)
+AE_CONVERSION(int16_t, int32_t, 8, _mm256_cvtepi16_epi32, __m128i)
+#endif
+#undef AE_CONVERSION
+
+template <class T, class X>
+AE_INLINE Retype<X, T> convert(X x) {
+  if constexpr (std::is_same_v<ElemOf<X>, T>) {
+    return x;
+  } else if constexpr (Scalar<X>) {
+    return static_cast<T>(x);
+  } else if constexpr (sizeof(T) != sizeof(ElemOf<X>) && (kWide<X> || kWide<Retype<X, T>>)) {
+    return join(convert<T>(lower_half(x)), convert<T>(upper_half(x)));
+  } else if constexpr (requires { resize_lanes(x, T()); }) {
+    return resize_lanes(x, T());
+  } else {
+    return __builtin_convertvector(x, Retype<X, T>);
+  }
+}
+
+// Same bits, other element type of the same size.
+template <class T, class X>
+AE_INLINE Retype<X, T> bits_as(X x) {
+  static_assert(sizeof(T) == sizeof(ElemOf<X>));
+  return __builtin_bit_cast(Retype<X, T>, x);
+}
+
+template <class X>
+AE_INLINE auto to_f32(X x) {
+  return convert<float>(x);
+}
+template <class X>
+AE_INLINE auto to_f64(X x) {
+  return convert<double>(x);
+}
+template <class X>
+AE_INLINE auto to_i32(X x) {
+  return convert<int32_t>(x);
+}
+template <class X>
+AE_INLINE auto to_i64(X x) {
+  return convert<int64_t>(x);
+}
+
+template <class X>
+AE_INLINE auto mask_to_i32(X m) {
+  if constexpr (Scalar<X>) {
+    return static_cast<int32_t>(m);
+  } else {
+    return m & 1;
+  }
+}
+template <class X>
+AE_INLINE auto mask_to_i64(X m) {
+  return convert<int64_t>(mask_to_i32(m));
+}
+template <class X>
+AE_INLINE auto mask_to_f32(X m) {
+  if constexpr (Scalar<X>) {
+    return static_cast<float>(m);
+  } else {
+    return bits_as<float>(m & 0x3f800000);  // the bits of 1.0f
+  }
+}
+template <class X>
+AE_INLINE auto mask_to_f64(X m) {
+  return convert<double>(mask_to_f32(m));
+}
+
+}  // namespace ae
