@@ -6,7 +6,7 @@ import pathlib
 import shutil
 
 import pybind11
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_py import build_py
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
@@ -50,7 +50,7 @@ DEPENDS = headers("csrc", "templates/common")
 INCLUDE = [str(ROOT / "templates"), str(ROOT / "csrc")]
 
 setup(
-    packages=["attnengine"],
+    packages=find_packages(include=["attnengine", "attnengine.*"]),
     ext_modules=[
         CppExtension(
             f"attnengine.{OPS_LIBRARY}",

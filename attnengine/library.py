@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from attnengine.staging import templates_dir as templates_dir
+
 PACKAGE = pathlib.Path(__file__).resolve().parent
 OPS_LIBRARY = PACKAGE / "libattnengine_ops.so"
 
@@ -125,16 +127,6 @@ def classify(
 def cpu_isa() -> str:
     """Best instruction set of this CPU: avx512_bf16, avx512, avx2 or portable."""
     return host.cpu_isa()
-
-
-def templates_dir() -> pathlib.Path:
-    """The include root of generated units: beside the package in a checkout, else inside it."""
-    for folder in (PACKAGE.parent / "templates", PACKAGE / "templates"):
-        if (folder / "common" / "abi.h").exists():
-            return folder
-    raise FileNotFoundError(
-        f"no kernel templates in {PACKAGE.parent} or in {PACKAGE}; reinstall attnengine"
-    )
 
 
 def versions() -> dict[str, str]:

@@ -37,20 +37,20 @@ inline void contiguous_strides(const int64_t* size, int64_t rank, int64_t* strid
   }
 }
 
-inline bool is_contiguous(const int64_t* size, const int64_t* stride, int64_t rank) {
-  int64_t step = 1;
-  for (int64_t d = rank - 1; d >= 0; --d) {
-    if (size[d] == 0) return true;
-    if (size[d] != 1 && stride[d] != step) return false;
-    step *= size[d];
-  }
-  return true;
-}
-
 inline int64_t element_count(const int64_t* size, int64_t rank) {
   int64_t count = 1;
   for (int64_t d = 0; d < rank; ++d) count *= size[d];
   return count;
+}
+
+inline bool is_contiguous(const int64_t* size, const int64_t* stride, int64_t rank) {
+  if (element_count(size, rank) == 0) return true;
+  int64_t step = 1;
+  for (int64_t d = rank - 1; d >= 0; --d) {
+    if (size[d] != 1 && stride[d] != step) return false;
+    step *= size[d];
+  }
+  return true;
 }
 
 }  // namespace ae

@@ -1,0 +1,80 @@
+# make demo | test | lint | bench | wheel | clean. Everything runs in .venv, which the first target
+# that needs it creates. Steps leave stamps there, so a second run does only what changed.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+# The tested torch. Its plain wheel brings gigabytes of CUDA libraries, so the CPU build comes first:
+# from the configured indexes, else from torch's own. To test another torch, install it in .venv.
+TORCH := 2.13.0
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+BUDGET_MIN := 25
+PYTEST_ARGS ?=
+
+NATIVE := $(wildcard csrc/*.h csrc/*.cpp) templates/common/abi.h setup.py
+FORMATTED := csrc/*.h csrc/*.cpp templates/*/*.h tests/cpp/*.h tests/cpp/*.cpp tests/unit/*.cpp
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test lint bench wheel clean cpp-tests python-tests
+demo: $(STAMPS)/installed
+	$(BIN)/attnengine demo
+
+test:
+	@echo "make test: budget $(BUDGET_MIN) minutes on 2 cores, from a clean checkout, after downloads"
+	@start=$$SECONDS; \
+	$(MAKE) --no-print-directory $(STAMPS)/installed; \
+	$(MAKE) --no-print-directory lint; \
+	$(MAKE) --no-print-directory cpp-tests; \
+	$(MAKE) --no-print-directory python-tests; \
+	spent=$$((SECONDS - start)); \
+	echo "make test: passed in $$((spent / 60)) min $$((spent % 60)) s of $(BUDGET_MIN) min"; \
+	if ((spent > $(BUDGET_MIN) * 60)); then echo "make test: over its budget"; fi
+
+cpp-tests: $(STAMPS)/installed
+	cmake -S . -B build/cpp -G Ninja
+	cmake --build build/cpp
+	ctest --test-dir build/cpp --output-on-failure
+
+python-tests: $(STAMPS)/installed
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMPS)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+
+bench: $(STAMPS)/installed
+	$(BIN)/python -m bench cpu
+
+wheel: $(STAMPS)/build-tools
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
+
+clean:
+	rm -rf build dist *.egg-info attnengine/*.so $(STAMPS)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMPS)/torch: | $(VENV)/bin/python
+	mkdir -p $(STAMPS)
+	$(BIN)/python -c 'import torch' 2>/dev/null || \
+	  $(BIN)/python -m pip install 'torch==$(TORCH)+cpu' || \
+	  $(BIN)/python -m pip install --extra-index-url $(TORCH_CPU_INDEX) 'torch==$(TORCH)+cpu' || \
+	  $(BIN)/python -m pip install 'torch==$(TORCH)'
+	touch $@
+
+$(STAMPS)/build-tools: $(STAMPS)/torch
+	$(BIN)/python -m pip install 'setuptools>=77' wheel 'pybind11>=2.12' ninja numpy
+	touch $@
+
+$(STAMPS)/installed: $(STAMPS)/build-tools pyproject.toml $(NATIVE)
+	$(BIN)/python -m pip install --no-build-isolation -e '.[test,dev]'
+	touch $@
+
+.PHONY: .venv
+.venv: $(STAMPS)/installed
