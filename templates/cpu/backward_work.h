@@ -87,7 +87,8 @@ constexpr TileRange chunk_of(int64_t tiles, int64_t chunks, int64_t i) {
 }
 
 // Enough tasks for `workers`, from as few heads at a time as that allows: the workspace is per head
-// in flight. `serial_heads` forces one head at a time.
+// in flight. `serial_heads` forces one head at a time, in the grid whose tasks share the fewest
+// elements.
 inline BackwardCut cut_backward(int64_t workers, int64_t heads, int64_t row_tiles, int64_t kv_tiles,
                                 bool serial_heads) {
   const int64_t fewer = row_tiles < kv_tiles ? row_tiles : kv_tiles;
@@ -98,7 +99,7 @@ inline BackwardCut cut_backward(int64_t workers, int64_t heads, int64_t row_tile
   const int64_t needed = (workers + together - 1) / together;
   int64_t n = at_least(needed, at_most(workers, fewer / kChunkTiles));
   BackwardGrid grid = BackwardGrid::kCyclic;
-  if (2 * fewer >= n || fewer == 0) {
+  if (serial_heads || 2 * fewer >= n || fewer == 0) {
     n = at_most(n, fewer);
   } else {
     grid = row_tiles < kv_tiles ? BackwardGrid::kPrivateDq : BackwardGrid::kPrivateDkv;
