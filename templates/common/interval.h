@@ -31,7 +31,13 @@ constexpr double kFloatMin = 1.1754943508222875e-38;  // smallest normal; below,
 
 constexpr Interval top() { return {-kInf, kInf, true}; }
 constexpr Interval int_top() { return {-kInt64, kInt64, false}; }
-constexpr Interval constant(double x) { return x == x ? Interval{x, x, false} : top(); }
+// A literal of any type; an int too large for a double is enclosed.
+template <class T>
+constexpr Interval constant(T x) {
+  const double d = double(x), size = d < 0 ? -d : d;
+  const double slack = T(0.5) == T(0) && size >= kExactInt ? size * 0x1p-52 : 0;
+  return d == d ? Interval{d - slack, d + slack, false} : top();
+}
 constexpr Interval range(double lo, double hi) { return {lo, hi, false}; }
 constexpr Interval boolean(bool x) { return x ? Interval{1, 1, false} : Interval{0, 0, false}; }
 constexpr Interval unknown() { return {0, 1, false}; }

@@ -23,8 +23,8 @@ inline Interval corner(double x, bool exact) {
   return exact ? Interval{x, x, false} : Interval{down(x), up(x), false};
 }
 inline Interval sum(double a, double b) {
-  const double s = a + b, t = s - a;  // TwoSum: the rounding error of s is zero
-  return corner(s, is_float(s) && (a - (s - t)) + (b - t) == 0);
+  const double s = a + b;  // also what a sum of floats rounds to when it is a float itself
+  return corner(s, is_float(s));
 }
 inline Interval product(double a, double b) {
   if (a == 0 || b == 0) return constant(0);  // 0 * inf is NaN, flagged by the caller
@@ -73,7 +73,10 @@ inline Interval round_even(Interval a) {
   return {__builtin_rint(a.lo), __builtin_rint(a.hi), a.maybe_nan};
 }
 
-inline Interval ffloor_div(Interval a, Interval b) { return floor(fdiv(a, b)); }
+// The float just below an exact integer quotient may be floored either way: fdiv covers both.
+inline Interval ffloor_div(Interval a, Interval b) {
+  return unbounded(a) ? top() : floor(fdiv(a, b));
+}
 inline Interval ftrunc_div(Interval a, Interval b) { return trunc(fdiv(a, b)); }
 // Sign of the divisor; rounding may reach the divisor itself.
 inline Interval fremainder(Interval a, Interval b) {

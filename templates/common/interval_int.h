@@ -4,12 +4,12 @@
 
 namespace ae::iv {
 
-// An int result from bounds that were computed in double: rounded outward past 2^53, anything once
-// 64-bit arithmetic may have wrapped. Ints are never NaN.
+// An int result from bounds that were computed in double: rounded outward from 2^53 on, anything
+// once 64-bit arithmetic may have wrapped. Ints are never NaN.
 inline Interval int_result(double lo, double hi) {
-  if (!(lo >= -kInt64 && hi <= kInt64)) return int_top();
-  if (lo < -kExactInt || lo > kExactInt) lo -= __builtin_fabs(lo) * 0x1p-51;
-  if (hi < -kExactInt || hi > kExactInt) hi += __builtin_fabs(hi) * 0x1p-51;
+  if (!(lo > -kInt64 && hi < kInt64)) return int_top();
+  if (lo <= -kExactInt || lo >= kExactInt) lo -= __builtin_fabs(lo) * 0x1p-51;
+  if (hi <= -kExactInt || hi >= kExactInt) hi += __builtin_fabs(hi) * 0x1p-51;
   return {larger(lo, -kInt64), smaller(hi, kInt64), false};
 }
 
@@ -94,7 +94,6 @@ struct Bits {
 };
 inline Bits bits_of(Interval a) {
   const int64_t lo = int64_t(a.lo), differ = lo ^ int64_t(a.hi);
-  if (differ < 0) return {0, -1};
   const int64_t free = differ == 0 ? 0 : int64_t(~uint64_t(0) >> __builtin_clzll(differ));
   return {lo & ~free, free};
 }

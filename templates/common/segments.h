@@ -18,8 +18,9 @@ struct RunWriter {
   int64_t count = 0;
   ae_run run = {0, 0, AE_TILE_EMPTY};
 
+  // Called for all ranges in order, without gaps.
   void add(int64_t begin, int64_t end, int32_t tile_class) {
-    if (tile_class == run.tile_class && begin == run.end) {
+    if (tile_class == run.tile_class) {
       run.end = int32_t(end);
       return;
     }
