@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from attnengine.compiler import Compiler, find_compiler
+
 SOURCE = Path(__file__).with_name("peaks.cpp")
 
 
@@ -37,11 +39,14 @@ class Peaks:
         )
 
 
-def measure(thread_counts: list[int], compiler: str = "g++") -> list[Peaks]:
-    """Compile peaks.cpp with `compiler` and run it once per thread count."""
+def measure(thread_counts: list[int]) -> list[Peaks]:
+    """Compile peaks.cpp with the compiler that kernels are built with; run it once per count."""
+    compiler = find_compiler()
+    if not isinstance(compiler, Compiler):
+        raise RuntimeError(compiler)
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "peaks"
-        command = [compiler, "-O3", "-march=native", "-std=c++17", "-pthread", str(SOURCE)]
+        command = [compiler.command, "-O3", "-march=native", "-std=c++17", "-pthread", str(SOURCE)]
         subprocess.run([*command, "-o", str(binary)], check=True)
         measured = []
         for threads in thread_counts:

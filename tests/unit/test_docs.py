@@ -23,6 +23,7 @@ def blocks(page: Path) -> list[str]:
     ]
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.name)
 def test_python_blocks_run(page: Path) -> None:
     """All blocks of a page run in order in one namespace, as a reader would type them."""
@@ -31,6 +32,7 @@ def test_python_blocks_run(page: Path) -> None:
         exec(compile(code, str(page), "exec"), namespace)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
 def test_example_runs(path: Path) -> None:
     runpy.run_path(str(path), run_name="__main__")
