@@ -23,6 +23,8 @@ bool live(MaskKind mask, int64_t q, int64_t k) {
   return q >= k && q - k <= 5 && k >= 70;
 }
 
+bool hooked_dead(int64_t k) { return k % 7 == 3; }
+
 template <class E, int D, int Dv, int BM, int BN, bool kPack, bool kDot>
 struct SoftmaxPlan {
   using Elem = E;
@@ -40,7 +42,8 @@ struct SoftmaxPlan {
   static constexpr const char* kKey = "test";
 };
 
-template <class Plan, MaskKind kMask>
+// kHook: operand mods on all three, and a score_mod that is -inf for every key k with k % 7 == 3.
+template <class Plan, MaskKind kMask, bool kHook = false>
 struct SoftmaxFn {
   using A = typename Plan::Acc;
   using L = ae::Lanes<A>;
@@ -50,11 +53,14 @@ struct SoftmaxFn {
   static constexpr uint64_t kMaskCaptures = 0;
   static constexpr bool kHasMask = kMask != MaskKind::kNone, kHasMerge = true;
   static constexpr bool kMaskUsesB = false, kMaskUsesH = false;
-  static constexpr bool kHasQMod = false, kHasKMod = false, kHasVMod = false;
+  static constexpr bool kHasQMod = kHook, kHasKMod = kHook, kHasVMod = kHook, kScoreCanDie = kHook;
   static constexpr A kLowest = -std::numeric_limits<A>::infinity();
   struct Row {
     int64_t q;
   };
+  static V q_mod(const ae::Env&, V x) { return x * A(0.5) - A(1); }
+  static V k_mod(const ae::Env&, V x) { return x + A(0.25); }
+  static V v_mod(const ae::Env&, V x) { return x * x + A(1); }
   static Row make_row(const ae::Env&, int64_t, int64_t, int64_t q) { return {q}; }
   static void init(const ae::Env&, const Row&, A* state) { state[0] = kLowest, state[1] = 0; }
 
@@ -65,6 +71,10 @@ struct SoftmaxFn {
     V top = V{} + kLowest;
     for (int j = 0; j < Plan::kBlockN; j += W) {
       V x = ae::load_vector<V>(s + j) * scale;
+      if constexpr (kHook) {
+        for (int i = 0; i < W; ++i) x[i] = hooked_dead(kv0 + j + i) ? kLowest : x[i];
+        if (!kPartial) ae::store_vector(s + j, x);
+      }
       if constexpr (kPartial) {
         for (int i = 0; i < W; ++i) {
           const bool on = j + i < ncols && (mask_full || live(kMask, row.q, kv0 + j + i));
@@ -81,7 +91,7 @@ struct SoftmaxFn {
       for (int j = 0; j < Plan::kBlockN; j += W) ae::store_vector(w + j, V{});
       return false;
     }
-    const A prescale = kPartial ? A(1) : scale;
+    const A prescale = kPartial || kHook ? A(1) : scale;
     for (int j = 0; j < Plan::kBlockN; j += W) {
       const V p = ae::exp(ae::load_vector<V>(s + j) * prescale - m);
       ae::store_vector(w + j, p);
@@ -143,12 +153,20 @@ double value(E x) {
   return ae::widen<double>(x);
 }
 
-template <class Plan, MaskKind kMask>
+template <class Plan, MaskKind kMask, bool kHook = false>
 void check(const char* name, Shape c, double tolerance) {
   using E = typename Plan::Elem;
   using A = typename Plan::Acc;
-  using Fn = SoftmaxFn<Plan, kMask>;
+  using Fn = SoftmaxFn<Plan, kMask, kHook>;
   constexpr int D = Plan::kD, Dv = Plan::kDv;
+  const auto on = [](int64_t i, int64_t n) {
+    return live(kMask, i, n) && !(kHook && hooked_dead(n));
+  };
+  // The mods' results are rounded to the multiply type.
+  using M = ae::Multiply<Plan>;
+  const auto q_in = [](double x) { return kHook ? value(ae::narrow<M>(A(x * 0.5 - 1))) : x; };
+  const auto k_in = [](double x) { return kHook ? value(ae::narrow<M>(A(x + 0.25))) : x; };
+  const auto v_in = [](double x) { return kHook ? value(ae::narrow<M>(A(x * x + 1))) : x; };
   const A nan = std::numeric_limits<A>::quiet_NaN();
   ae_params p{};
   p.abi_version = AE_ABI_VERSION, p.bytes = sizeof(ae_params);
@@ -165,7 +183,7 @@ void check(const char* name, Shape c, double tolerance) {
   // Keys that no row meets hold NaN and Inf.
   for (int64_t n = 0; n < c.S; ++n) {
     bool met = false;
-    for (int64_t i = 0; i < c.L; ++i) met |= live(kMask, i, n);
+    for (int64_t i = 0; i < c.L; ++i) met |= on(i, n);
     if (met) continue;
     for (int64_t bh = 0; bh < c.B * c.Hkv; ++bh) {
       const int64_t kb = bh * c.S * D + n * p.k_stride[2], vb = bh * c.S * Dv + n * p.v_stride[2];
@@ -200,16 +218,16 @@ void check(const char* name, Shape c, double tolerance) {
     double m = -INFINITY, sum = 0;
     for (int64_t n = 0; n < c.S; ++n) {
       w[n] = -INFINITY;
-      if (!live(kMask, i, n)) continue;
+      if (!on(i, n)) continue;
       const E* kr = k.data() + b * p.k_stride[0] + kh * p.k_stride[1] + n * p.k_stride[2];
       w[n] = 0;
       for (int d = 0; d < D; ++d)
-        w[n] += value(qr[d * p.q_stride[3]]) * value(kr[d * p.k_stride[3]]);
+        w[n] += q_in(value(qr[d * p.q_stride[3]])) * k_in(value(kr[d * p.k_stride[3]]));
       w[n] *= p.scale;
       m = std::fmax(m, w[n]);
     }
     for (int64_t n = 0; n < c.S; ++n) {
-      w[n] = live(kMask, i, n) ? std::exp(w[n] - m) : 0;
+      w[n] = on(i, n) ? std::exp(w[n] - m) : 0;
       sum += w[n];
     }
     const E* o = out[0].data() + b * p.out_stride[0] + h * p.out_stride[1] + i * p.out_stride[2];
@@ -217,7 +235,7 @@ void check(const char* name, Shape c, double tolerance) {
       double expected = 0;
       const E* vr = v.data() + b * p.v_stride[0] + kh * p.v_stride[1] + d * p.v_stride[3];
       for (int64_t n = 0; n < c.S; ++n) {
-        if (w[n] > 0) expected += w[n] / sum * value(vr[n * p.v_stride[2]]);
+        if (w[n] > 0) expected += w[n] / sum * v_in(value(vr[n * p.v_stride[2]]));
       }
       const double error = std::fabs(value(o[d * p.out_stride[3]]) - expected);
       worst = error <= worst ? worst : error;
@@ -237,17 +255,18 @@ void check(const char* name, Shape c, double tolerance) {
               c.transposed ? " strided" : "", worst, worst_lse, same ? "" : ", threads differ");
 }
 
-template <class Plan>
+template <class Plan, bool kHook = false>
 void check_plan(const char* name, double tolerance) {
-  const Shape shapes[] = {{2, 4, 2, 65, 65, false},    {1, 2, 2, 1, 300, false},
-                          {1, 4, 1, 1, 700, true},     {1, 2, 1, 200, 257, true},
-                          {2, 2, 2, 33, 1, false},     {1, 2, 1, 5, 0, false},
-                          {1, 2, 2, 0, 9, false},      {0, 2, 2, 4, 9, false},
-                          {1, 1, 1, 150, 1100, false}, {3, 1, 1, 1, 128, false}};
+  const Shape shapes[] = {
+      {2, 4, 2, 65, 65, false},  {1, 2, 2, 1, 300, false}, {1, 4, 1, 1, 700, true},
+      {1, 2, 1, 200, 257, true}, {2, 2, 2, 33, 1, false},  {1, 2, 1, 5, 0, false},
+      {1, 2, 2, 0, 9, false},    {0, 2, 2, 4, 9, false},   {1, 1, 1, 150, 1100, false},
+      {3, 1, 1, 1, 128, false},  {1, 4, 1, 1, 700, false}, {1, 6, 2, 2, 530, false}};
   for (const Shape& c : shapes) {
     check<Plan, MaskKind::kNone>(name, c, tolerance);
     check<Plan, MaskKind::kCausal>(name, c, tolerance);
     check<Plan, MaskKind::kBand>(name, c, tolerance);
+    if constexpr (kHook) check<Plan, MaskKind::kCausal, true>(name, c, 4 * tolerance);
   }
 }
 
@@ -260,10 +279,10 @@ AE_EXPORT_FORWARD(ExportPlan, ExportFn)
 
 int main() {
   check_plan<SoftmaxPlan<float, 64, 64, 48, 64, true, false>>("fp32 64", 3e-6);
-  check_plan<SoftmaxPlan<float, 5, 33, 6, 32, false, false>>("fp32 5/33", 3e-6);
+  check_plan<SoftmaxPlan<float, 5, 33, 6, 32, false, false>, true>("fp32 5/33", 3e-6);
   check_plan<SoftmaxPlan<double, 24, 8, 12, 32, true, false>>("fp64 24/8", 1e-13);
-  check_plan<SoftmaxPlan<ae::bf16, 64, 64, 48, 128, true, true>>("bf16 64", 2e-2);
-  check_plan<SoftmaxPlan<ae::bf16, 37, 1, 7, 64, true, true>>("bf16 37/1", 2e-2);
+  check_plan<SoftmaxPlan<ae::bf16, 64, 64, 48, 128, true, true>, true>("bf16 64", 2e-2);
+  check_plan<SoftmaxPlan<ae::bf16, 37, 1, 7, 64, true, true>, true>("bf16 37/1", 2e-2);
   check_plan<SoftmaxPlan<ae::bf16, 40, 72, 16, 32, false, false>>("bf16 fp32", 2e-2);
   std::printf(failures ? "%d failed\n" : "all passed\n", failures);
   return failures != 0;

@@ -1,0 +1,366 @@
+// The forward kernel itself; forward.h tells what it computes and what Plan and Fn must hold.
+#pragma once
+#include "common/env.h"
+#include "common/segments.h"
+#include "cpu/direct.h"
+#include "cpu/forward_work.h"
+#include "cpu/module.h"
+
+namespace ae {
+
+// Up to this many rows, keys and values are read where they lie; beyond, packing a tile pays off.
+constexpr int kDirectRows = 8;
+
+template <class Plan, class Fn>
+class Forward {
+  using Elem = typename Plan::Elem;
+  using Acc = typename Plan::Acc;
+  using M = Multiply<Plan>;
+  using L = Lanes<Acc>;
+  using V = typename L::Acc;
+  using Scratch = ForwardScratch<Plan>;
+  static constexpr int kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN;
+  static constexpr int kD = Plan::kD, kDv = Plan::kDv, kOutPitch = Scratch::kOutPitch;
+  static constexpr int kPair = GemmStep<Acc, M>::kPair;
+  static constexpr int kStates = Fn::kStates > 0 ? Fn::kStates : 1;
+
+  static_assert(Plan::kScratchBytes == Scratch::kBytes, "the plan's scratch total is wrong");
+  static_assert(kBlockN % (2 * L::W) == 0, "a tile row must be whole pairs of vectors");
+  static_assert(!Plan::kBf16Dot || (kHasBf16Dot && __is_same(Elem, bf16)),
+                "bf16 dot products need bf16 operands and AVX512_BF16");
+
+ public:
+  static constexpr bool kCanSplit = Plan::kSplitKV && Fn::kHasMerge;
+
+  static int64_t workspace_bytes(const ae_params& p) {
+    const ForwardSizes<Plan> sizes(p, kCanSplit);
+    return ForwardWorkspace<Plan, Fn>(sizes, p.threads, table_bytes(p, Fn::kMaskCaptures)).bytes;
+  }
+
+  Forward(const ae_params& p, void* workspace)
+      : p_(p),
+        sizes_(p, kCanSplit),
+        at_(sizes_, p.threads, table_bytes(p, Fn::kMaskCaptures)),
+        base_((char*)round_up((int64_t)workspace, kCacheLine)),
+        env_{p.captures, p.fault, p.S} {}
+
+  void run(ae_parallel_for parallel_for) {
+    if (sizes_.tiles() == 0) return;
+    interval_env_ = build_tables(p_, Fn::kMaskCaptures, base_ + at_.tables, parallel_for);
+    if (sizes_.pack_ahead) {
+      parallel_for(sizes_.kv_heads() * sizes_.kv_tiles, p_.threads, &pack_task, this);
+    }
+    parallel_for(sizes_.tiles() * sizes_.splits, p_.threads, &tile_task, this);
+    if (sizes_.splits > 1) parallel_for(sizes_.tiles(), p_.threads, &merge_task, this);
+  }
+
+  // The runs of kv tiles of one tile of query rows.
+  static int64_t runs(const ForwardTile<Plan>& tile, const IntervalEnv& env, int64_t S, ae_run* out,
+                      int64_t capacity) {
+    const int64_t q0 = tile.q(0), q1 = tile.q(tile.count - 1);
+    const bool one = q0 == q1;
+    const int64_t h0 = one ? tile.h(0) : tile.block * tile.interleave;
+    const int64_t h1 = one ? tile.h(tile.count - 1) : h0 + tile.interleave - 1;
+    return row_segments<Fn>(env, iv::range(double(tile.b), double(tile.b)),
+                            iv::range(double(h0), double(h1)), iv::range(double(q0), double(q1)), S,
+                            kBlockN, out, capacity);
+  }
+
+ private:
+  const ae_params& p_;
+  const ForwardSizes<Plan> sizes_;
+  const ForwardWorkspace<Plan, Fn> at_;
+  char* const base_;
+  const Env env_;
+  IntervalEnv interval_env_{};
+
+  // The row states of one tile.
+  struct Rows {
+    typename Fn::Row row[kBlockM];
+    Acc state[kBlockM][kStates];
+    Acc factor[kBlockM];
+    bool alive[kBlockM];
+  };
+
+  static void pack_task(void* self, int64_t index, int32_t) {
+    static_cast<Forward*>(self)->pack_ahead(index);
+  }
+  static void tile_task(void* self, int64_t index, int32_t worker) {
+    static_cast<Forward*>(self)->attend(index, worker);
+  }
+  static void merge_task(void* self, int64_t index, int32_t) {
+    static_cast<Forward*>(self)->merge(index);
+  }
+
+  // ---- packing ----
+  auto q_mod() const {
+    if constexpr (Fn::kHasQMod) {
+      return [this](V x) { return Fn::q_mod(env_, x); };
+    } else {
+      return NoMod{};
+    }
+  }
+  auto k_mod() const {
+    if constexpr (Fn::kHasKMod) {
+      return [this](V x) { return Fn::k_mod(env_, x); };
+    } else {
+      return NoMod{};
+    }
+  }
+  auto v_mod() const {
+    if constexpr (Fn::kHasVMod) {
+      return [this](V x) { return Fn::v_mod(env_, x); };
+    } else {
+      return NoMod{};
+    }
+  }
+
+  int keys_in(int64_t kv_tile) const {
+    const int64_t left = sizes_.S - kv_tile * kBlockN;
+    return int(left < kBlockN ? left : kBlockN);
+  }
+
+  static StridedRows<Elem> rows_of(const void* data, const int64_t* stride, int64_t b, int64_t h,
+                                   int64_t first) {
+    return {(const Elem*)data + b * stride[0] + h * stride[1] + first * stride[2], stride[2]};
+  }
+  __attribute__((noinline)) void pack_k(int64_t b, int64_t h, int64_t kv_tile, M* k) const {
+    const int64_t* s = p_.k_stride;
+    pack_by_column<Acc, M, kD>(k, rows_of(p_.k, s, b, h, kv_tile * kBlockN), s[3], keys_in(kv_tile),
+                               kBlockN, k_mod(), kBlockN * s[2]);
+  }
+  // Returns whether the tile holds Inf or NaN.
+  __attribute__((noinline)) bool pack_v(int64_t b, int64_t h, int64_t kv_tile, M* v) const {
+    const int64_t* s = p_.v_stride;
+    return pack_by_row<Acc, M, kDv>(v, rows_of(p_.v, s, b, h, kv_tile * kBlockN), s[3],
+                                    keys_in(kv_tile), kBlockN, v_mod(), kBlockN * s[2]);
+  }
+
+  M* packed_k(int64_t tile) const { return (M*)(base_ + at_.k) + tile * Scratch::kKTile; }
+  M* packed_v(int64_t tile) const { return (M*)(base_ + at_.v) + tile * Scratch::kVTile; }
+
+  void pack_ahead(int64_t tile) {
+    const int64_t head = tile / sizes_.kv_tiles, kv_tile = tile % sizes_.kv_tiles;
+    const int64_t b = head / sizes_.Hkv, h = head % sizes_.Hkv;
+    pack_k(b, h, kv_tile, packed_k(tile));
+    base_[at_.bad + tile] = pack_v(b, h, kv_tile, packed_v(tile));
+  }
+
+  void pack_q(const ForwardTile<Plan>& tile, M* q) const {
+    const int64_t* s = p_.q_stride;
+    for (int i = 0; i < tile.count; ++i) {
+      const Elem* row = (const Elem*)p_.q + tile.b * s[0] + tile.h(i) * s[1] + tile.q(i) * s[2];
+      pack_row<Acc, M, kD>(q + i * Scratch::kQPitch, row, s[3], q_mod());
+    }
+  }
+
+  // ---- one tile of rows against its tiles of keys ----
+  void attend(int64_t index, int32_t worker) {
+    const ForwardTile<Plan> tile(sizes_, index / sizes_.splits);
+    const int64_t split = index % sizes_.splits;
+    char* scratch = base_ + worker * at_.worker_bytes;
+    const M* q = (M*)(scratch + Scratch::kQ);
+    Acc* out = (Acc*)(scratch + Scratch::kOut);
+    ae_run* runs_of_tile = (ae_run*)(scratch + Scratch::kBytes);
+    Rows rows;
+
+    if (sizes_.splits > 1) out = partial_out(index);
+    pack_q(tile, (M*)q);
+    start_rows(tile, rows);
+    __builtin_memset(out, 0, sizeof(Acc) * uint64_t(tile.count) * kOutPitch);
+    const int64_t begin = sizes_.kv_tiles * split / sizes_.splits;
+    const int64_t end = sizes_.kv_tiles * (split + 1) / sizes_.splits;
+    const int64_t n = runs(tile, interval_env_, sizes_.S, runs_of_tile, sizes_.kv_tiles);
+    for (int64_t r = 0; r < n; ++r) {
+      const ae_run& run = runs_of_tile[r];
+      const int64_t from = run.begin < begin ? begin : run.begin;
+      const int64_t to = run.end > end ? end : run.end;
+      const bool full = !Fn::kHasMask || run.tile_class == AE_TILE_FULL;
+      for (int64_t t = from; t < to; ++t) add_keys(tile, rows, t, full, scratch, out);
+    }
+    if (sizes_.splits > 1) {
+      __builtin_memcpy(partial_state(index), rows.state, sizeof(Acc) * Fn::kStates * tile.count);
+      __builtin_memcpy(partial_alive(index), rows.alive, uint64_t(tile.count));
+    } else {
+      for (int i = 0; i < tile.count; ++i) {
+        finish_row(tile, i, rows.row[i], rows.state[i], rows.alive[i], out + i * kOutPitch);
+      }
+    }
+  }
+
+  void start_rows(const ForwardTile<Plan>& tile, Rows& rows) const {
+    for (int i = 0; i < tile.count; ++i) {
+      rows.row[i] = Fn::make_row(env_, tile.b, tile.h(i), tile.q(i));
+      Fn::init(env_, rows.row[i], rows.state[i]);
+      rows.alive[i] = false;
+    }
+  }
+
+  // Whether a few rows may read whole tiles of K, or of V, where they lie.
+  static constexpr bool kDirectK = __is_same(M, Elem) && !Fn::kHasKMod && kD % (L::W * kPair) == 0;
+  static constexpr bool kDirectV = __is_same(M, Elem) && !Fn::kHasVMod && kDv % (L::W * kPair) == 0;
+  bool direct(const int64_t* stride, int rows, int ncols) const {
+    return !sizes_.pack_ahead && rows <= kDirectRows && ncols == kBlockN && stride[3] == 1;
+  }
+
+  void add_keys(const ForwardTile<Plan>& tile, Rows& rows, int64_t kv_tile, bool full,
+                char* scratch, Acc* out) const {
+    Acc* scores = (Acc*)(scratch + Scratch::kScores);
+    M* weights = (M*)(scratch + Scratch::kWeights);
+    const int ncols = keys_in(kv_tile);
+    const int64_t packed = tile.kv_head * sizes_.kv_tiles + kv_tile;
+    score(tile, kv_tile, ncols, packed, scratch, scores);
+    const bool partial = !full || ncols < kBlockN;
+    const bool live = partial ? weigh<true>(tile, rows, scores, weights, kv_tile, ncols, full)
+                              : weigh<false>(tile, rows, scores, weights, kv_tile, ncols, full);
+    if (!live) return;
+    if constexpr (!Plan::kBf16Dot) weights = (M*)scores;
+    // Dead keys must not be multiplied, so only a tile without any may be read where it lies.
+    if constexpr (kDirectV && !score_can_die<Fn>()) {
+      if (!partial && direct(p_.v_stride, tile.count, ncols)) {
+        const int64_t key = kv_tile * kBlockN, ld = p_.v_stride[2];
+        const Elem* v = rows_of(p_.v, p_.v_stride, tile.kv_b, tile.kv_h, key).base;
+        using B = typename NaturalLoader<M, kBlockN>::type;
+        gemm<Acc, M, kOutPitch, GemmMode::kScale, B>(tile.count, kBlockN / kPair, weights, kBlockN,
+                                                     kPair, v, ld, out, kOutPitch, rows.factor);
+        return;
+      }
+    }
+    M* v = (M*)(scratch + Scratch::kV);
+    bool bad_v;
+    if (sizes_.pack_ahead) {
+      v = packed_v(packed);
+      bad_v = base_[at_.bad + packed];
+    } else {
+      bad_v = pack_v(tile.kv_b, tile.kv_h, kv_tile, v);
+    }
+    if (bad_v && (partial || score_can_die<Fn>())) {
+      return multiply_live(tile.count, rows.factor, weights, v, out);
+    }
+    const int steps = (ncols + kPair - 1) / kPair;  // the weights beyond are 0
+    gemm<Acc, M, kOutPitch, GemmMode::kScale>(tile.count, steps, weights, kBlockN, kPair, v,
+                                              kOutPitch, out, kOutPitch, rows.factor);
+  }
+
+  // Raw dot products of the rows with one tile of keys.
+  void score(const ForwardTile<Plan>& tile, int64_t kv_tile, int ncols, int64_t packed,
+             char* scratch, Acc* scores) const {
+    const M* q = (const M*)(scratch + Scratch::kQ);
+    if constexpr (kDirectK) {
+      if (direct(p_.k_stride, tile.count, ncols)) {
+        const int64_t key = kv_tile * kBlockN;
+        const Elem* k = rows_of(p_.k, p_.k_stride, tile.kv_b, tile.kv_h, key).base;
+        return direct_scores<Acc, M, kD>(tile.count, q, Scratch::kQPitch, k, p_.k_stride[2],
+                                         kBlockN, scores, kBlockN);
+      }
+    }
+    M* k = sizes_.pack_ahead ? packed_k(packed) : (M*)(scratch + Scratch::kK);
+    if (!sizes_.pack_ahead) pack_k(tile.kv_b, tile.kv_h, kv_tile, k);
+    gemm<Acc, M, kBlockN, GemmMode::kOverwrite>(tile.count, (kD + kPair - 1) / kPair, q,
+                                                Scratch::kQPitch, kPair, k, kBlockN, scores,
+                                                kBlockN);
+  }
+
+  // Scores to weights, row by row. Returns whether any row has a live key in this tile.
+  template <bool kPartial>
+  __attribute__((noinline)) bool weigh(const ForwardTile<Plan>& tile, Rows& rows, Acc* scores,
+                                       M* weights, int64_t kv_tile, int ncols, bool full) const {
+    bool any = false;
+    const Acc scale = Acc(p_.scale);
+    for (int i = 0; i < tile.count; ++i) {
+      Acc* s = scores + int64_t(i) * kBlockN;
+      Acc factor = 1;
+      const bool live = Fn::template tile_row<kPartial>(
+          env_, rows.row[i], scale, s, s, rows.state[i], factor, kv_tile * kBlockN, ncols, full);
+      rows.factor[i] = factor;
+      rows.alive[i] |= live;
+      any |= live;
+      if constexpr (Plan::kBf16Dot) {
+        for (int j = 0; j < kBlockN; j += L::W) {
+          store_multiply(weights + int64_t(i) * kBlockN + j, load_vector<V>(s + j));
+        }
+      }
+    }
+    return any;
+  }
+
+  // O = O * factor + W V over the keys whose weight is not 0: V may hold Inf or NaN at dead keys.
+  __attribute__((noinline)) void multiply_live(int count, const Acc* factor, const M* weights,
+                                               const M* v, Acc* out) const {
+    for (int i = 0; i < count; ++i) {
+      Acc* o = out + int64_t(i) * kOutPitch;
+      for (int d = 0; d < kOutPitch; ++d) o[d] *= factor[i];
+      for (int j = 0; j < kBlockN; ++j) {
+        const Acc w = widen<Acc>(weights[int64_t(i) * kBlockN + j]);
+        if (w == 0) continue;
+        const M* row = v + int64_t(j / kPair) * kPair * kOutPitch + j % kPair;
+        for (int d = 0; d < kOutPitch; ++d) o[d] += w * widen<Acc>(row[d * kPair]);
+      }
+    }
+  }
+
+  // ---- results ----
+  Acc* partial_out(int64_t index) const {
+    return (Acc*)(base_ + at_.out) + index * kBlockM * kOutPitch;
+  }
+  Acc* partial_state(int64_t index) const {
+    return (Acc*)(base_ + at_.state) + index * kBlockM * Fn::kStates;
+  }
+  bool* partial_alive(int64_t index) const { return (bool*)(base_ + at_.alive) + index * kBlockM; }
+
+  // Merges the chunks of one row tile in index order; a chunk without live key is absent.
+  void merge(int64_t index) {
+    if constexpr (kCanSplit) {
+      const ForwardTile<Plan> tile(sizes_, index);
+      const int64_t first = index * sizes_.splits;
+      for (int i = 0; i < tile.count; ++i) {
+        const auto row = Fn::make_row(env_, tile.b, tile.h(i), tile.q(i));
+        Acc state[kStates];
+        Acc* out = nullptr;
+        for (int64_t part = first; part < first + sizes_.splits; ++part) {
+          if (!partial_alive(part)[i]) continue;
+          const Acc* other = partial_state(part) + i * Fn::kStates;
+          Acc* other_out = partial_out(part) + i * kOutPitch;
+          if (out == nullptr) {
+            out = other_out;
+            for (int s = 0; s < Fn::kStates; ++s) state[s] = other[s];
+          } else {
+            Acc merged[kStates], fa = 1, fb = 1;
+            Fn::merge(env_, row, state, other, merged, fa, fb);
+            for (int s = 0; s < Fn::kStates; ++s) state[s] = merged[s];
+            for (int d = 0; d < kOutPitch; ++d) out[d] = out[d] * fa + other_out[d] * fb;
+          }
+        }
+        if (out == nullptr) Fn::init(env_, row, state);
+        finish_row(tile, i, row, state, out != nullptr, out);
+      }
+    }
+  }
+
+  // Writes one output row and its statistics; a row that never met a live key is 0.
+  void finish_row(const ForwardTile<Plan>& tile, int i, const typename Fn::Row& row,
+                  const Acc* state, bool alive, const Acc* acc) const {
+    constexpr int W = L::W;
+    const int64_t q = tile.q(i), h = tile.h(i), *s = p_.out_stride;
+    Acc stats[Fn::kStats > 0 ? Fn::kStats : 1];
+    Acc factor = 1;
+    Fn::finalize(env_, row, state, factor, stats);
+    Elem* out = (Elem*)p_.out + tile.b * s[0] + h * s[1] + q * s[2];
+    if (!alive) {
+      for (int d = 0; d < kDv; ++d) out[d * s[3]] = Elem{};
+    } else if (s[3] == 1) {
+      int d = 0;
+      for (; d + W <= kDv; d += W) {
+        store_narrowed<Elem, Acc>(out + d, load_vector<V>(acc + d) * factor);
+      }
+      for (; d < kDv; ++d) out[d] = narrow<Elem>(acc[d] * factor);
+    } else {
+      for (int d = 0; d < kDv; ++d) out[d * s[3]] = narrow<Elem>(acc[d] * factor);
+    }
+    if (p_.stats == nullptr) return;
+    Acc* to = (Acc*)p_.stats + (tile.b * sizes_.Hq + h) * sizes_.L + q;
+    for (int n = 0; n < Fn::kStats; ++n) to[n * sizes_.B * sizes_.Hq * sizes_.L] = stats[n];
+  }
+};
+
+}  // namespace ae
