@@ -12,7 +12,15 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = pathlib.Path(__file__).parent
 OPS_LIBRARY = "libattnengine_ops"
-FLAGS = ["-std=c++20", "-O2", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+FLAGS = [
+    "-std=c++20",
+    "-O2",
+    "-g0",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unused-parameter",
+]
 # The stable ABI of torch 2.10: one binary for every later torch, CPU or CUDA.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
@@ -71,6 +79,7 @@ setup(
             language="c++",
         ),
     ],
+    package_data={"attnengine": ["*.pyi"]},
     cmdclass={"build_ext": BuildLibraries, "build_py": BuildWithTemplates},
     zip_safe=False,
 )

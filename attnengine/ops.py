@@ -67,7 +67,7 @@ def register_key(key: str, resolver: Resolver, info: KeyInfo | None = None) -> N
     """Make ``key`` usable in ``attnengine::attention``; registering it again replaces it.
 
     ``resolver("forward" | "backward")`` returns the kernel id, building the kernel when needed.
-    Without ``info``, tracing asks both kernels for it and so compiles them.
+    Without ``info``, tracing asks the kernels themselves and so compiles them.
     """
     _resolvers[key] = resolver
     if info is not None:
@@ -78,28 +78,29 @@ def register_key(key: str, resolver: Resolver, info: KeyInfo | None = None) -> N
 
 def resolve(key: str, kind: str) -> int:
     """The kernel id of ``key``. Raises RuntimeError when the key is not registered."""
-    return _resolver(key)(kind)
-
-
-def _resolver(key: str) -> Resolver:
-    try:
-        return _resolvers[key]
-    except KeyError:
+    resolver = _resolvers.get(key)
+    if resolver is None:
         raise RuntimeError(
             f"attnengine::attention: key {key!r} is not registered in this process; prepare the "
             "spec here with attnengine.compile(spec, q, k, v) before running the graph"
-        ) from None
+        )
+    return resolver(kind)
 
 
-def _key_info(key: str) -> KeyInfo:
-    info = _key_infos.get(key)
-    if info is None:
-        resolver = _resolver(key)
-        saved = library.kernel_info(resolver("forward"))
-        derived = library.kernel_info(resolver("backward"))
-        info = KeyInfo(saved.stats, saved.user_stats, derived.grad_mask)
-        _key_infos[key] = info
-    return info
+def _saved_stats(key: str) -> tuple[int, int]:
+    """(all, user's) row statistics that the forward kernel of ``key`` saves."""
+    known = _key_infos.get(key)
+    if known is None:
+        info = library.kernel_info(resolve(key, "forward"))
+        return info.stats, info.user_stats
+    return known.stats, known.user_stats
+
+
+def _grad_mask(key: str) -> int:
+    known = _key_infos.get(key)
+    if known is None:
+        return library.kernel_info(resolve(key, "backward")).grad_mask
+    return known.grad_mask
 
 
 # --------------------------------------------------------------------------------------- the fakes
@@ -270,7 +271,7 @@ def _attention_fake(
 ) -> tuple[Tensor, Tensor]:
     if not _operands_agree(q, k, v):
         _refuse(resolve(key, "forward"), q, k, v, captures)
-    return _fake_results(q, v, _key_info(key).stats)
+    return _fake_results(q, v, _saved_stats(key)[0])
 
 
 @torch.library.register_fake("attnengine::attention_backward", lib=_library)
@@ -286,7 +287,7 @@ def _attention_backward_fake(
     key: str,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    return _fake_gradients(q, k, v, captures, _key_info(key).grad_mask)
+    return _fake_gradients(q, k, v, captures, _grad_mask(key))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -299,16 +300,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, dout: Tensor | None, dstats: Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, stats, *captures = ctx.saved_tensors
-    info = _key_info(ctx.key)
     if dout is None:
         dout = torch.zeros_like(out)
     if dstats is not None:
-        dstats = dstats[: info.user_stats] if info.user_stats > 0 else None
+        _, user_stats = _saved_stats(ctx.key)
+        dstats = dstats[:user_stats] if user_stats > 0 else None
     dq, dk, dv, produced = torch.ops.attnengine.attention_backward.default(
         q, k, v, captures, out, stats, dout, dstats, ctx.key, ctx.scale
     )
-    remaining = iter(produced)
-    grads = [next(remaining) if info.grad_mask >> i & 1 else None for i, _ in enumerate(captures)]
+    remaining, mask = iter(produced), _grad_mask(ctx.key)
+    grads = [next(remaining) if mask >> i & 1 else None for i, _ in enumerate(captures)]
     return dq, dk, dv, grads, None, None
 
 

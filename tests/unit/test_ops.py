@@ -425,6 +425,10 @@ def attention(q, k, v, captures):
     return torch.ops.attnengine.attention(q, k, v, captures, "test", SCALE)
 
 
+def flat(q, k, v, captures):
+    return q, k, v, *captures
+
+
 def differentiable(**sizes):
     q, k, v, captures = operands(torch.float64, **sizes)
     for x in (q, k, v, captures[0]):
@@ -487,6 +491,22 @@ def test_fakes_compile_nothing_when_the_key_says_enough(key):
         assert out.shape == (2, 4, 7, DV) and stats.shape == (2, 2, 4, 7)
         out.sum().backward()
     assert key.calls == []
+
+
+def test_fakes_ask_only_the_kernels_that_they_need(key):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    ops.register_key("test", key)
+    with FakeTensorMode() as mode:
+        q, k, v, table, bucket = (
+            mode.from_tensor(x).requires_grad_(x.is_floating_point())
+            for x in flat(*operands(torch.float64))
+        )
+        out, _ = attention(q, k, v, [table, bucket])
+        assert set(key.calls) == {"forward"}
+        dtable, dq = torch.autograd.grad(out.sum(), (table, q))
+        assert set(key.calls) == {"forward", "backward"}
+        assert dtable.shape == table.shape and dq.shape == q.shape
 
 
 def test_exported_program(key):
