@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from . import library
+from .dispatch import Pipeline, Program
 from .ir import text
 from .plan import Plan
 
-if TYPE_CHECKING:
-    from .handle import Handle
 
-
-def describe(handle: Handle) -> str:
+def describe(program: Program, p: Pipeline) -> str:
     """Traced functions, derivation, candidates with predicted cost, plan, source and cache path."""
-    from . import library
-
-    p = handle.pipeline
     t = p.traced
-    out = [f"attnengine kernel for {handle.program.name}", "", "== traced =="]
+    out = [f"attnengine kernel for {program.name}", "", "== traced =="]
     for name, node in (("mask_mod", t.mask), ("score_mod", t.score)):
         if node is not None:
             out += [f"-- {name}", text({"result": node})]
@@ -44,10 +38,10 @@ def describe(handle: Handle) -> str:
     for kind, plans in (("forward", p.forward_plans), ("backward", p.backward_plans)):
         if plans:
             out += ["", f"== {kind} plan ==", *_plans(plans)]
-    out += ["", "== forward source ==", handle.source]
-    if handle.backward_source is not None:
-        out += ["== backward source ==", handle.backward_source]
-    out.append(f"module: {library.kernel_info(handle.id).path}")
+    out += ["", "== forward source ==", program.sources.forward]
+    if program.sources.backward is not None:
+        out += ["== backward source ==", program.sources.backward]
+    out.append(f"module: {library.kernel_info(program.forward()).path}")
     return "\n".join(out)
 
 

@@ -11,6 +11,8 @@ import torch
 from . import dispatch, ops
 from .backward import Attention
 from .dispatch import Pipeline, Program
+from .explain import describe
+from .masks import TileTable, tile_table
 from .plan import Plan
 from .spec import AttentionSpec
 
@@ -131,9 +133,20 @@ class Handle:
 
     def explain(self) -> str:
         """Every stage of this kernel as text."""
-        from .explain import describe
+        return describe(self.program, self.pipeline)
 
-        return describe(self)
+    def tiles(
+        self, L: int, S: int, *, B: int = 1, heads: tuple[int, int] = (1, 1), b: int = 0, h: int = 0
+    ) -> TileTable:
+        """The tiles that the mask leaves of L queries x S keys, for head block ``h`` of batch ``b``.
+
+        ``heads`` is (Hq, Hkv). What the kernel walks, found by interval analysis; nothing of size
+        L x S is made.
+        """
+        return tile_table(
+            self.program.forward(), self.tensors, self.plan.block_m, self.plan.block_n,
+            self.plan.pack_group, (B, *heads, L, S), b, h,
+        )  # fmt: skip
 
     def __repr__(self) -> str:
         p = self.program

@@ -137,10 +137,11 @@ def evaluate(
         x = raw if spec.score_mod is None else pairs.map(mods, spec.score_mod, raw).to(acc)
         return pairs, raw, Round.apply(x, precision.mma, True) if precision.dense else x
 
-    with torch.no_grad():  # settle what is dead, then differentiate what is live only
-        pairs, _, x = scored(live)
-        live = live.flatten().index_put((pairs.at,), x != -math.inf).view_as(live)
     pairs, raw, x = scored(live)
+    alive = x.detach() != -math.inf
+    if not alive.all():  # dead as well: evaluate again without them, so that no gradient meets them
+        live = live.flatten().index_put((pairs.at,), alive).view_as(live)
+        pairs, raw, x = scored(live)
     values = key_operand("v_mod", v, live)
 
     start = pairs.init(mods, spec.row_func.init, acc)

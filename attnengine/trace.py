@@ -204,7 +204,7 @@ def _decompositions() -> Mapping:
     from torch._decomp import core_aten_decompositions
 
     table = dict(core_aten_decompositions())
-    for name in ("gelu", "addmm", "index", "lift_fresh"):
+    for name in ("gelu", "addmm", "index", "lift_fresh", "detach"):
         for op in [k for k in table if k.__name__.startswith(f"{name}.")]:
             del table[op]
     return table

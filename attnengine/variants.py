@@ -256,7 +256,7 @@ def _integer(name: str, value: Any, least: int) -> int:
 def _positive(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}={value!r}: expected a number")
-    if not (math.isfinite(value) and value > 0):
+    if not (math.isfinite(value) and float(value) > 0):
         raise ValueError(f"{name}={value}: expected a finite number above 0")
     return float(value)
 

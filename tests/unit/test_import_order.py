@@ -14,13 +14,15 @@ PACKAGE = Path(__file__).parents[2] / "attnengine"
 STAGES: dict[str, tuple[str, ...]] = {
     "foundation": ("errors", "settings"),
     "spec": ("spec", "rows", "variants"),
-    "meaning": ("reference", "gate"),
+    "meaning": ("products", "reference", "noise", "gate"),
     "trace": ("ir", "aten", "lower", "capture", "trace", "derive"),
-    "normalize": ("key", "masks"),
+    "normalize": ("key",),
     "plan": ("arch", "plan"),
-    "generate": ("source",),
+    "generate": ("emit", "source"),
     "build": ("cache_entry", "cache_lock", "cache", "cache_upkeep", "compiler", "staging", "build"),
-    "run": ("library", "dispatch", "ops", "backward", "api"),
+    "run": (
+        "library", "masks", "dispatch", "explain", "ops", "backward", "handle", "blockmask", "api",
+    ),  # fmt: skip
     "faces": ("demo", "cli"),
 }
 ORDER = [module for modules in STAGES.values() for module in modules]
