@@ -4,11 +4,19 @@
 
 namespace ae::iv {
 
+// Rounds to fp32. The empty asm keeps GCC 12 from vectorizing two adjacent conversions double ->
+// float -> double, which it then drops as if they were exact.
+inline double as_float(double x) {
+  float f = float(x);
+  __asm__("" : "+x"(f));
+  return f;
+}
+
 // ---- outward rounding of a computed bound ----
 // An fp32 number that no kernel flushes or rounds: such a bound, reached without rounding, holds in
 // fp32 and fp64 alike because rounding is monotone.
 inline bool is_float(double x) {
-  return double(float(x)) == x && (x == 0 || __builtin_fabs(x) >= kFloatMin);
+  return as_float(x) == x && (x == 0 || __builtin_fabs(x) >= kFloatMin);
 }
 // The largest float may stand for an fp32 overflow, so bounds past it become infinite.
 inline double down(double x) {
@@ -99,12 +107,10 @@ inline double nearest(double x, int bits, int e_min, double overflow) {
   const int e = __builtin_ilogb(x), quantum = (e < e_min ? e_min : e) - (bits - 1);
   return __builtin_ldexp(__builtin_rint(__builtin_ldexp(x, -quantum)), quantum);
 }
-inline double nearest_bf16(double x) { return nearest(float(x), 8, -126, 0x1.ffp127); }
-inline double nearest_f16(double x) { return nearest(float(x), 11, -14, 65520.0); }
+inline double nearest_bf16(double x) { return nearest(as_float(x), 8, -126, 0x1.ffp127); }
+inline double nearest_f16(double x) { return nearest(as_float(x), 11, -14, 65520.0); }
 
-inline Interval to_f32(Interval a) {
-  return {double(float(a.lo)), double(float(a.hi)), a.maybe_nan};
-}
+inline Interval to_f32(Interval a) { return {as_float(a.lo), as_float(a.hi), a.maybe_nan}; }
 inline Interval to_f64(Interval a) { return a; }
 inline Interval round_bf16(Interval a) {
   return {nearest_bf16(a.lo), nearest_bf16(a.hi), a.maybe_nan};
