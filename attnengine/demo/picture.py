@@ -21,16 +21,14 @@ def draw(path: Path, results: Sequence[Result], training: Training) -> None:
         (axes[0], "forward_ms", "forward"),
         (axes[1], "both_ms", "forward + backward"),
     ):
-        contestants = ["attnengine", "SDPA", "FlexAttention"]
-        for i, name in enumerate(contestants):
-            places, heights = [], []
-            for row, result in enumerate(results):
-                value = getattr(result, key).get(name)
-                if value is not None:
-                    places.append(row + (i - 1) * 0.27)
-                    heights.append(value)
-            bars = axis.bar(places, heights, 0.25, label=name)
-            axis.bar_label(bars, fmt="%.0f", fontsize=8)
+        for i, name in enumerate(("attnengine", "SDPA", "FlexAttention")):
+            times = [getattr(result, key).get(name) for result in results]
+            places = [row + (i - 1) * 0.27 for row, time in enumerate(times) if time is not None]
+            if places:
+                heights = [time for time in times if time is not None]
+                bars = axis.bar(places, heights, 0.25, label=name, color=f"C{i}")
+                axis.bar_label(bars, fmt="%.0f", fontsize=8)
+        axis.margins(y=0.2)  # room for the legend
         labels = [result.name.replace(", ", ",\n").replace(" (", "\n(") for result in results]
         axis.set_xticks(range(len(results)), labels, fontsize=8)
         axis.set_ylabel("ms, median")

@@ -119,7 +119,8 @@ def run_entry(
     attend(*leaves).backward(grad)
     result.compile_s = time.perf_counter() - start
     stem = entry.name.split(",")[0].split(" (")[0].replace(" ", "-")
-    (out / f"{stem}.cpp").write_text(attend.source)
+    (out / f"{stem}.forward.cpp").write_text(attend.source)
+    (out / f"{stem}.backward.cpp").write_text(attend.backward_source or "")
 
     note("checking against the fp64 reference")
     check(entry, dtype, result)
