@@ -1,0 +1,106 @@
+// The C ABI between the op library (csrc/) and every kernel module. Plain data only: no torch, no
+// Python, no C++ types, so one module serves every torch version. Bump AE_ABI_VERSION on any change.
+#pragma once
+#include <stdint.h>
+
+#define AE_ABI_VERSION 1
+#define AE_MAX_RANK 8
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Element types of operands and captured tensors.
+enum ae_dtype {
+  AE_F32 = 0,
+  AE_F64 = 1,
+  AE_BF16 = 2,
+  AE_F16 = 3,
+  AE_I64 = 4,
+  AE_I32 = 5,
+  AE_I16 = 6,
+  AE_I8 = 7,
+  AE_U8 = 8,
+  AE_BOOL = 9,
+};
+
+// One captured tensor. Strides count elements. `grad` is the contiguous accumulator of its gradient
+// (float, or double in fp64 kernels), zero-filled by the caller; null when no gradient is wanted.
+typedef struct ae_capture {
+  const void* data;
+  void* grad;
+  int64_t size[AE_MAX_RANK];
+  int64_t stride[AE_MAX_RANK];
+  int32_t rank;
+  int32_t dtype;
+} ae_capture;
+
+// Everything a launch needs. Operand layout is [B, H, L, D] by strides (elements). A broadcast batch
+// of K/V arrives as stride 0. `stats` is contiguous [kStats][B][Hq][L] in the accumulator type.
+typedef struct ae_params {
+  uint32_t abi_version;
+  uint32_t bytes;  // sizeof(ae_params)
+  int64_t B, Hq, Hkv, L, S;
+  const void *q, *k, *v;
+  int64_t q_stride[4], k_stride[4], v_stride[4];
+  void* out;  // written by forward, read by backward
+  int64_t out_stride[4];
+  void* stats;  // forward: written, may be null; backward: read
+  double scale;
+  // backward only
+  const void* dout;
+  int64_t dout_stride[4];
+  const void* dstats;  // [kUserStats][B][Hq][L] accumulator type, null when all zero
+  void *dq, *dk, *dv;  // dk, dv have batch B even when K/V were broadcast
+  int64_t dq_stride[4], dk_stride[4], dv_stride[4];
+  const ae_capture* captures;
+  int32_t capture_count;
+  int32_t threads;  // workers that parallel_for may use, >= 1
+  int32_t* fault;   // set to 1 + capture index when a live key gathers out of bounds
+} ae_params;
+
+// Runs task(arg, index, worker) for every index in [0, n), worker in [0, threads). Returns when all
+// are done. Which worker runs which index is unspecified: results must not depend on it.
+typedef void (*ae_task)(void* arg, int64_t index, int32_t worker);
+typedef void (*ae_parallel_for)(int64_t n, int32_t threads, ae_task task, void* arg);
+
+enum ae_kind { AE_FORWARD = 0, AE_BACKWARD = 1 };
+
+typedef struct ae_module_info {
+  uint32_t abi_version;
+  uint32_t params_bytes;
+  int32_t kind;   // ae_kind
+  int32_t dtype;  // ae_dtype of q, k, v, out
+  int32_t D, Dv;
+  int32_t capture_count;
+  int32_t user_stats;   // saved row statistics that the caller sees
+  int32_t stats;        // all saved row statistics: the user's first, then the backward's own
+  uint64_t grad_mask;   // bit i: this backward module produces the gradient of captured tensor i
+  int32_t isa;          // ae_isa the code was compiled for
+  const char* key;      // digest of the kernel key
+} ae_module_info;
+
+enum ae_isa { AE_ISA_PORTABLE = 0, AE_ISA_AVX2 = 1, AE_ISA_AVX512 = 2, AE_ISA_AVX512_BF16 = 3 };
+
+// A run of consecutive KV tiles of one class, for one tile of query rows.
+enum ae_tile_class { AE_TILE_EMPTY = 0, AE_TILE_PARTIAL = 1, AE_TILE_FULL = 2 };
+typedef struct ae_run {
+  int32_t begin, end;  // tile indices [begin, end)
+  int32_t tile_class;  // PARTIAL or FULL; empty tiles are not listed
+} ae_run;
+
+// A kernel module exports exactly these symbols (forward and backward modules alike; ae_classify
+// only in forward modules):
+//   const ae_module_info* ae_info(void);
+//   int64_t ae_workspace_bytes(const ae_params*);             // depends on sizes and threads only
+//   int32_t ae_launch(const ae_params*, void* workspace, ae_parallel_for);  // 0 = ok
+//   int64_t ae_classify(const ae_params*, int64_t b, int64_t h, int64_t row_tile,
+//                       ae_run* out, int64_t capacity);       // number of runs of that row of tiles
+typedef const ae_module_info* (*ae_info_fn)(void);
+typedef int64_t (*ae_workspace_fn)(const ae_params*);
+typedef int32_t (*ae_launch_fn)(const ae_params*, void*, ae_parallel_for);
+typedef int64_t (*ae_classify_fn)(const ae_params*, int64_t, int64_t, int64_t, ae_run*, int64_t);
+
+#ifdef __cplusplus
+}
+#endif
