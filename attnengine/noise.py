@@ -1,28 +1,52 @@
-"""How wrong a correct kernel may be: the first-order effect of random roundings of every term of an
-evaluated spec, on its output and on its gradients."""
+"""How wrong a correct kernel may be: the spec evaluated in fp64 with random errors in its terms."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .reference import Evaluation
+from .products import Precision
 
-DRAWS = 2  # random roundings whose root mean square is the noise
+UNIT = 2.0**-24  # relative size of the injected errors: fp32's unit roundoff
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Random first-order errors of one tensor, in unit roundoffs: ``terms`` with one rounding per
-    weight and score gradient, ``wide`` amplified by the size of the scores. ``count``: how many
-    terms one element sums."""
+    """Random errors of one tensor, for relative errors of UNIT: ``terms`` in every weight, score
+    gradient and output row; ``loud`` in every term of a dot product too, so that it grows with the
+    scores (exp turns their absolute error into a relative one). ``count``: how many terms one
+    element sums."""
 
     terms: list[Tensor] = field(default_factory=list)
-    wide: list[Tensor] = field(default_factory=list)
+    loud: list[Tensor] = field(default_factory=list)
     count: int = 1
+
+
+def noises(
+    evaluate: Callable[[Precision], list[Tensor]],
+    golden: Sequence[Tensor],
+    counts: Sequence[int],
+    terms: int,
+    loud: int,
+    upcast: bool,
+) -> list[Noise]:
+    """Noise of each tensor that ``evaluate`` returns, from so many random evaluations of a kind."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(is_loud: bool) -> list[Tensor]:
+        precision = Precision(
+            torch.float64, upcast=upcast, unit=UNIT, loud=is_loud, random=generator
+        )
+        return [x - y for x, y in zip(evaluate(precision), golden, strict=True)]
+
+    quiet = [draw(False) for _ in range(terms)]
+    noisy = [draw(True) for _ in range(loud)]
+    return [
+        Noise([d[i] for d in quiet], [d[i] for d in noisy], counts[i]) for i in range(len(golden))
+    ]
 
 
 def term_counts(q: Tensor, k: Tensor, captures: list[Tensor]) -> list[int]:
@@ -33,63 +57,3 @@ def term_counts(q: Tensor, k: Tensor, captures: list[Tensor]) -> list[int]:
     pairs = max(1, b * hq * length * k.shape[2])
     each = [max(1, pairs // max(1, x.numel())) for x in captures]
     return [keys, keys, max(keys, queries), max(keys, queries), *each]
-
-
-def gradients(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
-) -> list[Tensor]:
-    """Gradients of the inputs; zeros where no output depends on one."""
-    pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
-    if not pairs:
-        return [torch.zeros_like(x) for x in inputs]
-    found = torch.autograd.grad(
-        [o for o, _ in pairs],
-        list(inputs),
-        [c.to(o.dtype) for o, c in pairs],
-        retain_graph=True,
-        allow_unused=True,
-    )
-    return [torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs, strict=True)]
-
-
-def noises(
-    true: Evaluation,
-    stats: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
-    counts: Sequence[int],
-    generator: torch.Generator,
-) -> list[Noise]:
-    """Noise of the output and, if it has a gradient, of each input's gradient.
-
-    cotangents: of the output and of ``stats``, the saved statistics that have one.
-    """
-
-    def uniform(x: Tensor) -> Tensor:
-        r = torch.rand(x.shape, generator=generator, dtype=torch.float64)
-        return (2.0 * r - 1.0).to(x.device)
-
-    grads, size = true.out.requires_grad, torch.zeros_like(true.scores)
-    if grads:  # what each score's gradient is made of, before it cancels
-        (dw,) = gradients([true.out], [true.weights], cotangents[:1])
-        parts = [
-            *gradients([true.weights], [true.scores], [dw]),
-            *gradients(stats, [true.scores], cotangents[1:]),
-        ]
-        size = torch.stack(parts).abs().sum(0)
-    loud = 1.0 + true.raw.detach().abs() + true.scores.detach().abs()
-    found: list[list[list[Tensor]]] = []
-    for amplify in (torch.ones_like(loud), loud):
-        draws = []
-        for _ in range(DRAWS):
-            w = true.weights.detach() * uniform(true.weights) * amplify
-            with torch.set_grad_enabled(grads):
-                out = true.finish(true.aggregate(w))
-                sums = true.finish(true.rows.detach() * uniform(true.rows))
-            error = [out.detach()]
-            if grads:
-                seeds = [uniform(size) * size * amplify, cotangents[0], cotangents[0]]
-                error += [g.double() for g in gradients([true.scores, out, sums], inputs, seeds)]
-            draws.append(error)
-        found.append([list(one) for one in zip(*draws, strict=True)])
-    return [Noise(*given) for given in zip(*found, counts, strict=False)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .errors import TraceError
-from .products import Aggregate, Round, Scores, rounded
+from .products import Aggregate, Precision, Round, Scores, rounded
 from .spec import AttentionSpec, State
 
 
@@ -40,9 +39,9 @@ def reference(
     TraceError for a mod that does not return one number.
     """
     wide = dtype or (torch.float64 if q.dtype == torch.float64 else torch.float32)
-    got = evaluate(q, k, v, spec, Precision(wide, upcast=dtype is not None))
-    out = got.out if dtype is not None else got.out.to(q.dtype)
-    return (out, got.saved) if return_aux else out
+    out, saved = evaluate(q, k, v, spec, Precision(wide, upcast=dtype is not None))
+    out = out if dtype is not None else out.to(q.dtype)
+    return (out, saved) if return_aux else out
 
 
 def ideal(
@@ -59,52 +58,24 @@ def ideal(
     score gradients in dQ and dK, and row statistics' gradients from the rounded output."""
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     mma = mma_dtype or q.dtype
-    got = evaluate(q, k, v, spec, Precision(acc, mma=None if mma == acc else mma, store=q.dtype))
-    out = got.out.to(q.dtype)
-    return (out, got.saved) if return_aux else out
+    out, saved = evaluate(
+        q, k, v, spec, Precision(acc, mma=None if mma == acc else mma, store=q.dtype)
+    )
+    return (out.to(q.dtype), saved) if return_aux else out.to(q.dtype)
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, *, return_aux: bool = False) -> Any:
     """What dense PyTorch in q's dtype computes: the scores and their gradients are rounded too."""
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     mma = None if q.dtype == acc else q.dtype
-    got = evaluate(q, k, v, spec, Precision(acc, mma=mma, store=q.dtype, dense=True))
-    out = got.out.to(q.dtype)
-    return (out, got.saved) if return_aux else out
-
-
-@dataclass(frozen=True)
-class Precision:
-    """Where an evaluation rounds: ``acc`` computes; ``mma`` holds the operands of the second
-    product (None: acc); ``store`` holds the output; ``dense`` rounds the scores as well; ``upcast``
-    reads captured fp32 tensors as acc."""
-
-    acc: torch.dtype
-    mma: torch.dtype | None = None
-    store: torch.dtype | None = None
-    dense: bool = False
-    upcast: bool = False
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """An evaluated spec. ``raw``, ``scores`` (after score_mod) and ``weights`` (before finalize)
-    are [live pairs], in one order; ``finish`` maps weights of that order to the output."""
-
-    out: Tensor
-    saved: State
-    raw: Tensor
-    scores: Tensor
-    weights: Tensor
-    rows: Tensor
-    aggregate: Callable[[Tensor], Tensor]
-    finish: Callable[[Tensor], Tensor]
+    out, saved = evaluate(q, k, v, spec, Precision(acc, mma=mma, store=q.dtype, dense=True))
+    return (out.to(q.dtype), saved) if return_aux else out.to(q.dtype)
 
 
 def evaluate(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, precision: Precision
-) -> Evaluation:
-    """The steps of :func:`reference`, with what the numerics gate needs from between them."""
+) -> tuple[Tensor, State]:
+    """The steps of :func:`reference`: the output and the saved statistics, in ``precision.acc``."""
     _check_shapes(q, k, v)
     mods = _Mods(precision.acc if precision.upcast else None)
     acc, (b, hq, length, d), (hkv, keys) = precision.acc, q.shape, k.shape[1:3]
@@ -119,7 +90,7 @@ def evaluate(
         with mods:
             y = torch.vmap(wrapped)(x[used].flatten()) if used.any() else x[used]
         y = torch.zeros_like(x).index_put((used,), y.view(-1, x.shape[-1]).to(acc))
-        return Round.apply(y, precision.mma, False)
+        return Round.apply(y, precision, False)
 
     def key_operand(name: str, x: Tensor, live: Tensor) -> Tensor:
         used = live.view(b, hkv, hq // hkv, length, keys).any(3).any(2)
@@ -127,46 +98,41 @@ def evaluate(
         x = operand(name, x, used).expand(b, -1, -1, -1)
         return x.repeat_interleave(hq // hkv, 1)
 
-    def scored(live: Tensor) -> tuple[_Pairs, Tensor, Tensor]:
+    def scored(live: Tensor) -> tuple[_Pairs, Tensor]:
         pairs = _Pairs(live)
         qk = (operand("q_mod", q, live.any(-1)), key_operand("k_mod", k, live))
-        s = Scores.apply(*qk, live, precision.mma)
+        s = Scores.apply(*qk, live, precision)
         if precision.dense:
-            s = Round.apply(s, precision.mma, True)
+            s = Round.apply(s, precision, True)
         raw = s.flatten()[pairs.at] * scale
         x = raw if spec.score_mod is None else pairs.map(mods, spec.score_mod, raw).to(acc)
-        return pairs, raw, Round.apply(x, precision.mma, True) if precision.dense else x
+        return pairs, Round.apply(x, precision, True) if precision.dense or precision.loud else x
 
-    pairs, raw, x = scored(live)
+    pairs, x = scored(live)
     alive = x.detach() != -math.inf
     if not alive.all():  # dead as well: evaluate again without them, so that no gradient meets them
         live = live.flatten().index_put((pairs.at,), alive).view_as(live)
-        pairs, raw, x = scored(live)
+        pairs, x = scored(live)
     values = key_operand("v_mod", v, live)
 
     start = pairs.init(mods, spec.row_func.init, acc)
     weights, state = pairs.update(mods, spec.row_func.update, x, start)
     finalize = _finalize(mods, spec.row_func.finalize, acc)
 
-    def aggregate(w: Tensor) -> Tensor:
-        dense = torch.zeros_like(live, dtype=acc).flatten().index_copy(0, pairs.at, w)
-        out = Aggregate.apply(dense.view_as(live), values, live, precision.mma)
-        return out.flatten(0, 2)[pairs.order]
-
-    def finish(rows: Tensor) -> Tensor:
-        out = finalize(rows, state)[0]
-        full = out.new_zeros(b * hq * length, v.shape[-1]).index_copy(0, pairs.order, out)
-        return full.view(b, hq, length, v.shape[-1])
-
-    rows = aggregate(weights)
+    dense = torch.zeros_like(live, dtype=acc).flatten().index_copy(0, pairs.at, weights)
+    rows = Aggregate.apply(dense.view_as(live), values, live, precision)
+    rows = rows.flatten(0, 2)[pairs.order]
     if precision.mma is not None:
         rows = _stored(rows, finalize, state, precision.store or precision.mma)
-    saved = finalize(rows, state)[1]
+    rows = rows + precision.error(rows.detach()) if precision.unit else rows
+
+    out, saved = finalize(rows, state)
     dead = {name: x[pairs.dead] for name, x in start.items()}
     empty = finalize(rows.new_zeros(pairs.dead.numel(), v.shape[-1]), dead)[1]
     where = torch.cat([pairs.order, pairs.dead]).argsort()
     saved = {n: torch.cat([saved[n], empty[n]])[where].view(b, hq, length) for n in saved}
-    return Evaluation(finish(rows), saved, raw, x, weights, rows, aggregate, finish)
+    full = out.new_zeros(b * hq * length, v.shape[-1]).index_copy(0, pairs.order, out)
+    return full.view(b, hq, length, v.shape[-1]), saved
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
