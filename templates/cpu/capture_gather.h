@@ -110,19 +110,18 @@ AE_INLINE ValueVector<T, W> gather_elements(const void* data, Vector<int32_t, W>
 template <int W>
 struct LaneOffsets {
   using I32 = Vector<int32_t, W>;
-  static constexpr int64_t kLimit = INT32_MAX / 4 - 1;  // so that a byte offset fits, too
+  static constexpr double kLimit = INT32_MAX / 4 - 1;  // so that a byte offset fits, too
   I32 offsets = {};
   I32 inside = splat<I32>(true);
   int64_t base = 0;
-  int64_t span = 0;
+  double span = 0;  // in double it cannot overflow
 
   template <class X>
   AE_INLINE void index(X i, int64_t size, int64_t stride) {
     if constexpr (Scalar<X>) {
       if (!add_index(i, size, stride, base)) inside = I32{};
     } else {
-      bool fits = size <= kLimit && stride <= kLimit && stride >= -kLimit;
-      span += fits ? size * abs(stride) : kLimit;
+      span += static_cast<double>(size) * (abs(static_cast<double>(stride)) + 1);
       ElemOf<X> n = static_cast<ElemOf<X>>(size);
       i = choose(lt(i, 0), add(i, n), i);
       inside &= lt(wrap(i), splat<Wrap<X>>(n));
