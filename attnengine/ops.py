@@ -22,8 +22,10 @@ from torch import Tensor
 
 from attnengine import library
 
-forward = torch.ops.attnengine.forward.default
-backward = torch.ops.attnengine.backward.default
+# The C++ entry of each overload: calling the overload itself only forwards to it, for 0.4 us more.
+# forward returns None in place of the statistics when they were not asked for.
+forward = torch.ops.attnengine.forward.default._op
+backward = torch.ops.attnengine.backward.default._op
 
 _DEVICE_CODES = {"cpu": 0, "cuda": 1, "meta": 2}
 _ERROR_TYPES = {"TypeError: ": TypeError, "NotImplementedError: ": NotImplementedError}
@@ -170,10 +172,9 @@ def _check(kernel: int, q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tens
         _refuse(kernel, q, k, v, captures)
 
 
-def _fake_results(q: Tensor, v: Tensor, stats: int | None) -> tuple[Tensor, Tensor]:
+def _fake_results(q: Tensor, v: Tensor, stats: int) -> tuple[Tensor, Tensor]:
     out = _empty_like_layout(q, (*q.shape[:3], v.shape[3]), q.dtype)
-    size = (0,) if stats is None else (stats, *q.shape[:3])
-    return out, q.new_empty(size, dtype=_accumulator(q.dtype))
+    return out, q.new_empty((stats, *q.shape[:3]), dtype=_accumulator(q.dtype))
 
 
 def _fake_gradients(
@@ -193,9 +194,10 @@ def _forward_fake(
     kernel: int,
     scale: float,
     stats: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     _check(kernel, q, k, v, captures)
-    return _fake_results(q, v, library.kernel_info(kernel).stats if stats else None)
+    out, saved = _fake_results(q, v, library.kernel_info(kernel).stats)
+    return out, saved if stats else None
 
 
 @torch.library.register_fake("attnengine::backward")

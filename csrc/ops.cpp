@@ -41,8 +41,13 @@ void forward(StableIValue* stack, uint64_t, uint64_t) {
   fill_params(p, q, k, v, qv, kv, vv, captures, scale, &fault);
   const int64_t out_size[4] = {p.B, p.Hq, p.L, info.Dv};
   Tensor out = allocate_like(qv, out_size, info.dtype, p.out_stride);
-  const int64_t stats_size[4] = {want_stats ? info.stats : 0, p.B, p.Hq, p.L};
-  Tensor stats = allocate_contiguous(stats_size, want_stats ? 4 : 1, accumulator_dtype(info));
+  Tensor stats;
+  if (want_stats) {
+    const int64_t stats_size[4] = {info.stats, p.B, p.Hq, p.L};
+    stats = allocate_contiguous(stats_size, 4, accumulator_dtype(info));
+  } else {
+    stats = undefined_tensor();
+  }
   if (p.B != 0 && p.Hq != 0 && p.L != 0) {
     p.out = out.data();
     p.stats = want_stats ? stats.data() : nullptr;

@@ -144,6 +144,13 @@ inline Tensor allocate_contiguous(const int64_t* size, int64_t rank, int32_t dty
   return allocate(size, stride, rank, dtype);
 }
 
+// Python's None. Returning it is 0.5 us cheaper than an empty tensor.
+inline Tensor undefined_tensor() {
+  AtenTensorHandle handle;
+  AE_TORCH(aoti_torch_new_uninitialized_tensor(&handle));
+  return Tensor(handle);
+}
+
 inline Tensor copy_as(const Tensor& source, const int64_t* size, int64_t rank, int32_t dtype) {
   Tensor copy = allocate_contiguous(size, rank, dtype);
   AE_TORCH(aoti_torch_copy_(copy.get(), source.get(), 0));
