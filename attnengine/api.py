@@ -8,9 +8,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import dispatch, ops
+from . import dispatch
+from .backward import apply
 from .blockmask import as_mask_mod
-from .handle import Handle, Statistics, _autocast, _grad_enabled, _is_compiling
+from .handle import (
+    Handle,
+    Statistics,
+    _autocast,
+    _forward,
+    _grad_enabled,
+    _is_compiling,
+    autocast_operands,
+)
 from .rows import Softmax
 from .spec import AttentionSpec
 
@@ -59,22 +68,23 @@ def attention(
     """
     handle = spec.__dict__.get("_handle")
     if handle is not None and return_aux is None and not _is_compiling():
-        if not _autocast():
-            if not (
-                _grad_enabled()
-                and (q.requires_grad or k.requires_grad or v.requires_grad or handle.capture_grads)
+        try:
+            if _grad_enabled() and (
+                q.requires_grad or k.requires_grad or v.requires_grad or handle.capture_grads
             ):
-                try:
-                    return ops.forward(q, k, v, handle.tensors, handle.id, handle.scale, False)[0]
-                except (ValueError, AttributeError):
-                    pass  # another dtype or head dim: choose again below
+                if handle.ready and not _autocast():
+                    return apply(q, k, v, handle.program, handle.scale, handle.tensors)[0]
+            elif not _autocast():
+                return _forward(q, k, v, handle.tensors, handle.id, handle.scale, False)[0]
+        except (ValueError, AttributeError, TypeError):
+            pass  # another dtype or head dim, or no tensors at all: look again below
     return _attention(q, k, v, spec, return_aux)
 
 
 def _attention(q: Any, k: Any, v: Any, spec: AttentionSpec, return_aux: Any) -> Any:
     if not isinstance(spec, AttentionSpec):
         raise TypeError(f"spec must be an attnengine.AttentionSpec, got {type(spec).__name__}")
-    q, k, v = _autocast_operands(q, k, v)
+    q, k, v = autocast_operands(q, k, v)
     if _is_compiling():
         return _traced_call(q, k, v, spec, return_aux)
     handle = _handle(q, k, v, spec)
@@ -89,23 +99,6 @@ def _traced_call(q: Any, k: Any, v: Any, spec: AttentionSpec, return_aux: Any) -
             "attn = attnengine.compile(spec, q, k, v) outside and attn(q, k, v) inside"
         )
     return handle(q, k, v, return_aux=return_aux)
-
-
-def _autocast_operands(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
-    """As scaled_dot_product_attention: under autocast, floating operands get its dtype."""
-    if _autocast() and isinstance(q, torch.Tensor):
-        device = q.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            return tuple(  # type: ignore[return-value]
-                x.to(dtype)
-                if isinstance(x, torch.Tensor)
-                and x.is_floating_point()
-                and x.dtype != torch.float64
-                else x
-                for x in (q, k, v)
-            )
-    return q, k, v
 
 
 def _handle(q: Any, k: Any, v: Any, spec: AttentionSpec, isa: str | None = None) -> Handle:
@@ -149,14 +142,12 @@ def compile(
     return handle
 
 
-def explain(
-    spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> str:
+def explain(spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
     """Every stage of the call as text: traced functions, candidates with cost, plan, source."""
     return compile(spec, q, k, v, backward=False).explain()
 
 
-# -- torch's FlexAttention contract -------------------------------------------------------------------
+# -- torch's FlexAttention contract -------------------------------------------------------------
 
 
 def flex_attention(
@@ -223,9 +214,7 @@ def flex_attention(
     out, aux = attention(query, key, value, spec, return_aux=True)
     if return_lse:
         return out, aux["lse"]
-    return out, AuxOutput(
-        aux["lse"] if lse else None, aux["max_scores"].detach() if top else None
-    )
+    return out, AuxOutput(aux["lse"] if lse else None, aux["max_scores"].detach() if top else None)
 
 
 _MAX = Softmax(max_scores=True)
@@ -234,4 +223,3 @@ __all__ = [
     "AuxOutput", "AuxRequest", "Handle", "Statistics", "attention", "compile", "explain",
     "flex_attention",
 ]  # fmt: skip
-

@@ -49,7 +49,7 @@ class Lowering:
         self.graph = graph
         self.keys = keys
 
-    # -- scalars ------------------------------------------------------------------------------
+    # -- scalars --------------------------------------------------------------------------------
     def index_const(self, i: int) -> Node:
         return self.graph.const(i, "i64")
 
@@ -144,7 +144,7 @@ def _at(low: Lowering, a: Array, index: Index, shape: tuple[int, ...]) -> Node:
     )
 
 
-# -- type promotion ------------------------------------------------------------------------------
+# -- type promotion -----------------------------------------------------------------------------
 
 
 def dtype_of(meta: Any) -> str:
@@ -175,7 +175,7 @@ def _shape(x: Any) -> tuple[int, ...]:
     return tuple(x.shape) if hasattr(x, "shape") else ()
 
 
-# -- shape operators on arrays -----------------------------------------------------------------------
+# -- shape operators on arrays ------------------------------------------------------------------
 
 
 def select(low: Lowering, a: Array, dim: int, index: int) -> Value:
@@ -292,9 +292,7 @@ def expand(low: Lowering, a: Value, shape: Sequence[int]) -> Value:
     if isinstance(a, Node):
         return _make(tuple(shape), a.dtype, lambda x: a)
     skip = len(shape) - len(a.shape)
-    sizes = tuple(
-        s if s != -1 else a.shape[d - skip] for d, s in enumerate(shape)
-    )
+    sizes = tuple(s if s != -1 else a.shape[d - skip] for d, s in enumerate(shape))
     return Array(sizes, a.dtype, lambda x: _at(low, a, x, sizes))
 
 

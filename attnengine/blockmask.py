@@ -56,7 +56,8 @@ def _mask_function(
     def block_mask(
         b: torch.Tensor, h: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor
     ) -> torch.Tensor:
-        kind = table[b if by_batch else 0, h if by_head else 0, q_idx // q_block, kv_idx // kv_block]
+        block = (q_idx // q_block, kv_idx // kv_block)
+        kind = table[(b if by_batch else 0, h if by_head else 0, *block)]
         return (kind == 2) | ((kind == 1) & mask_mod(b, h, q_idx, kv_idx))
 
     return block_mask
@@ -72,7 +73,7 @@ def _classes(mask: Any) -> torch.Tensor:
     known = _tables.get(mask)
     if known is not None and known[0] == versions:
         return known[1]
-    (q_block, kv_block), (_, keys) = mask.BLOCK_SIZE, mask.seq_lengths
+    (_, kv_block), (_, keys) = mask.BLOCK_SIZE, mask.seq_lengths
     rows = mask.kv_num_blocks.shape[2]
     columns = max(-(-int(keys) // kv_block), mask.kv_indices.shape[3])
     table = torch.zeros((*mask.kv_num_blocks.shape[:2], rows, columns + 1), dtype=torch.uint8)

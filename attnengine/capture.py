@@ -125,7 +125,7 @@ def captures_of(*callables: Callable | None) -> Captures:
 
 
 def captures_of_spec(spec: Any) -> Captures:
-    """Fingerprint of an AttentionSpec: its mods, its scale and its row function's class and state."""
+    """Fingerprint of an AttentionSpec: its mods and its row function's methods and attributes."""
     walk = _Walk()
     row = spec.row_func
     methods = tuple(
@@ -135,7 +135,6 @@ def captures_of_spec(spec: Any) -> Captures:
     fields = tuple((k, walk.value(v)) for k, v in sorted(vars(row).items()))
     state = walk.value(getattr(row, "state", None))
     mods = tuple(
-        walk.value(m)
-        for m in (spec.score_mod, spec.mask_mod, spec.q_mod, spec.k_mod, spec.v_mod)
+        walk.value(m) for m in (spec.score_mod, spec.mask_mod, spec.q_mod, spec.k_mod, spec.v_mod)
     )
     return Captures((mods, methods, fields, state), tuple(walk.tensors), walk.opaque)

@@ -7,8 +7,8 @@ With weights w(s, c) of saved row statistics c, and dP_k = dO . v_k:
 where dc_i is the caller's gradient of statistic i, and dc_i/ds_k is the vjp of update + finalize
 over a whole row. Every derivative is traced from ``torch.func.vjp``; none is written by hand.
 Two simplifications are found by probing in fp64: dw/dc = kappa w (or kappa w / c) turns G into
-kappa rowsum(dO o O), and dc/ds = kappa w needs no second exponential. A reduction over the keys that
-remains costs one more pass over them.
+kappa rowsum(dO o O), and dc/ds = kappa w needs no second exponential. A reduction over the keys
+that remains costs one more pass over them.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class _Derivation:
         operands = {name: self.operand(node) for name, node in self.t.operands.items()}
         return self.collect(row.weights, dscore, operands)
 
-    # -- pieces -------------------------------------------------------------------------------
+    # -- pieces ---------------------------------------------------------------------------------
     def whole_row(self) -> tuple[dict[str, Node], dict[str, Node]]:
         """Final states and saved statistics of a row that is one tile, from the initial states."""
         row = self.t.row
@@ -163,7 +163,7 @@ class _Derivation:
     def vjp(
         self, outputs: Sequence[Node], wrt: Sequence[Node], cotangents: Sequence[Node]
     ) -> tuple[list[Node], list[Node]]:
-        """Gradients of ``wrt`` (casts to the score dtype) and the outputs as the trace sees them."""
+        """Gradients of ``wrt`` (in the score dtype) and the outputs as the trace sees them."""
         every = list(dict.fromkeys([*wrt, *leaves(outputs)]))
         count = len(every)
         examples = [_example(n) for n in every] + [
@@ -314,7 +314,7 @@ class _Derivation:
             tuple(self.notes),
         )  # fmt: skip
 
-    # -- probes in fp64 -----------------------------------------------------------------------------
+    # -- probes in fp64 -------------------------------------------------------------------------
     def trial(self, saved: dict[str, Node], seed: int) -> tuple[dict[Node, torch.Tensor], ...]:
         """Random scores and captures, and the saved statistics that they give."""
         gen = torch.Generator().manual_seed(seed)
@@ -331,14 +331,10 @@ class _Derivation:
         scores = self.g.input("scores", self.d, vec=True)
         values.setdefault(scores, torch.randn(KEYS, dtype=torch.float64, generator=gen))
         stats = evaluate(list(saved.values()), values, KEYS, torch.float64)
-        table = {
-            self.g.input(f"saved:{n}", self.d): v for n, v in zip(saved, stats, strict=True)
-        }
+        table = {self.g.input(f"saved:{n}", self.d): v for n, v in zip(saved, stats, strict=True)}
         return values, table
 
-    def probe_weights(
-        self, name: str, saved: dict[str, Node]
-    ) -> tuple[float, bool] | None:
+    def probe_weights(self, name: str, saved: dict[str, Node]) -> tuple[float, bool] | None:
         """(kappa, False) if dw/dc = kappa w, (kappa, True) if dw/dc = kappa w / c, else None."""
         target = self.g.input(f"saved:{name}", self.d)
         ratios, scaled = [], []
@@ -405,9 +401,6 @@ def _example(node: Node, vec: bool | None = None) -> torch.Tensor:
     shape = (KEYS,) if (node.vec if vec is None else vec) else ()
     dtype = TORCH_DTYPES[node.dtype]
     if node.dtype in FLOATS:
-        return torch.linspace(0.25, 0.75, max(1, KEYS), dtype=dtype)[: KEYS if shape else 1].reshape(
-            shape
-        )
+        values = torch.linspace(0.25, 0.75, KEYS, dtype=dtype)
+        return values if shape else values[0].clone()
     return torch.ones(shape, dtype=dtype)
-
-

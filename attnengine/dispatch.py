@@ -147,9 +147,7 @@ def pipeline(
     dtype = "f64" if element == torch.float64 else "f32"
     name = DTYPE_NAMES[element]
     traced = trace(spec, captures.tensors, dtype)
-    wanted = [
-        i for i, t in enumerate(traced.captures) if t.requires_grad and t.is_floating_point()
-    ]
+    wanted = [i for i, t in enumerate(traced.captures) if t.requires_grad and t.is_floating_point()]
     derived, why = None, ""
     try:
         derived = derive(traced, wanted)
@@ -218,9 +216,7 @@ def _made(
         cache.text_put("trace", memo, stages.sources.to_json())
     order = sorted(at for at in stages.traced.positions if at >= known)
     by_position = dict(zip(stages.traced.positions, stages.traced.captures, strict=True))
-    return Program(
-        label, element, isa, stages.sources, tuple(by_position[at] for at in order)
-    )
+    return Program(label, element, isa, stages.sources, tuple(by_position[at] for at in order))
 
 
 _generator_text: str | None = None

@@ -185,7 +185,7 @@ class Emitter:
             return f"ae::mask_to_{rep}({text})"
         return f"ae::to_{rep}({text})"
 
-    # -- one node ----------------------------------------------------------------------------------
+    # -- one node -------------------------------------------------------------------------------
     def _compute(self, n: Node) -> str:
         if n.op == "const":
             return literal(n, self.rep(n))

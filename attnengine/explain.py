@@ -18,8 +18,9 @@ def describe(program: Program, p: Pipeline) -> str:
     for name, node in t.operands.items():
         out += [f"-- {name}_mod", text({"result": node})]
     row = t.row
-    out += ["-- row function: update", text({"weights": row.weights_online, "factor": row.factor,
-                                              **{f"state.{n}": v for n, v in row.new_state.items()}})]  # fmt: skip
+    update = {"weights": row.weights_online, "factor": row.factor}
+    update |= {f"state.{n}": v for n, v in row.new_state.items()}
+    out += ["-- row function: update", text(update)]
     out += ["-- row function: finalize", text({"out factor": row.out_factor, **row.saved})]
     out += ["-- row function: weights", text({"weights": row.weights})]
     for i, tensor in enumerate(t.captures):
@@ -34,7 +35,8 @@ def describe(program: Program, p: Pipeline) -> str:
         out.append(f"row scalars read: {', '.join(d.row_inputs) or 'none'}")
         out.append(text({"weights": d.weights, "dscore": d.dscore}))
         for s in (*d.scatters, *d.row_scatters):
-            out.append(f"gradient of capture {s.capture}: {'per key' if s.value.vec else 'per row'}")
+            kind = "per key" if s.value.vec else "per row"
+            out.append(f"gradient of capture {s.capture}: {kind}")
     for kind, plans in (("forward", p.forward_plans), ("backward", p.backward_plans)):
         if plans:
             out += ["", f"== {kind} plan ==", *_plans(plans)]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from . import dispatch, ops
-from .backward import Attention
+from .backward import apply
 from .dispatch import Pipeline, Program
 from .explain import describe
 from .masks import TileTable, tile_table
@@ -19,6 +19,21 @@ from .spec import AttentionSpec
 _is_compiling = torch.compiler.is_compiling
 _grad_enabled = torch.is_grad_enabled
 _autocast = torch._C._is_any_autocast_enabled
+_forward = ops.forward
+
+
+def autocast_operands(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
+    """As scaled_dot_product_attention: under autocast, operands get its dtype (not float64)."""
+    if _autocast() and isinstance(q, torch.Tensor):
+        device = q.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            wide = (torch.float32, torch.bfloat16, torch.float16)
+            q, k, v = (
+                x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype in wide else x
+                for x in (q, k, v)
+            )
+    return q, k, v
 
 
 class Statistics(dict):
@@ -58,7 +73,9 @@ class Handle:
         self.id = program.forward()
         self.trainable = [i for i in program.sources.grads if tensors[i].requires_grad]
         self.capture_grads = bool(self.trainable)
-        self.key = f"{program.sources.key}/{program.isa}/{'.'.join(map(str, program.sources.grads))}"
+        grads = ".".join(map(str, program.sources.grads))
+        self.key = f"{program.sources.key}/{program.isa}/{grads}"
+        self.ready = self.program.backward_id >= 0  # the gradient's kernel is loaded
         self._pipeline: Pipeline | None = None
         ops.register_key(self.key, self._resolve)
 
@@ -74,15 +91,17 @@ class Handle:
         operands do not fit this kernel, naming the argument.
         """
         if return_aux is None and not _is_compiling():
-            if not _autocast() and not (
-                _grad_enabled()
-                and (q.requires_grad or k.requires_grad or v.requires_grad or self.capture_grads)
-            ):
-                try:
-                    return ops.forward(q, k, v, self.tensors, self.id, self.scale, False)[0]
-                except ValueError as error:
-                    raise ops.translate(error) from None
-        out, stats = self.run(q, k, v, return_aux is not None)
+            try:
+                if _grad_enabled() and (
+                    q.requires_grad or k.requires_grad or v.requires_grad or self.capture_grads
+                ):
+                    if self.ready and not _autocast():
+                        return apply(q, k, v, self.program, self.scale, self.tensors)[0]
+                elif not _autocast():
+                    return _forward(q, k, v, self.tensors, self.id, self.scale, False)[0]
+            except ValueError as error:
+                raise ops.translate(error) from None
+        out, stats = self.run(*autocast_operands(q, k, v), return_aux is not None)
         return out if return_aux is None else (out, self.aux(stats))
 
     def run(
@@ -94,9 +113,10 @@ class Handle:
             if _grad_enabled() and (
                 q.requires_grad or k.requires_grad or v.requires_grad or self.capture_grads
             ):
-                if self.program.backward_id < 0:
+                if not self.ready:
                     self.program.backward()
-                return Attention.apply(q, k, v, self.program, self.scale, *self.tensors)
+                    self.ready = True
+                return apply(q, k, v, self.program, self.scale, self.tensors)
             return ops.forward(q, k, v, self.tensors, self.id, self.scale, want_stats)
         except ValueError as error:
             raise ops.translate(error) from None
@@ -104,7 +124,7 @@ class Handle:
     def aux(self, stats: torch.Tensor) -> Statistics:
         return Statistics({n: stats[i] for i, n in enumerate(self.program.sources.stats)})
 
-    # -- what runs --------------------------------------------------------------------------------
+    # -- what runs ------------------------------------------------------------------------------
     @property
     def pipeline(self) -> Pipeline:
         if self._pipeline is None:
@@ -136,9 +156,16 @@ class Handle:
         return describe(self.program, self.pipeline)
 
     def tiles(
-        self, L: int, S: int, *, B: int = 1, heads: tuple[int, int] = (1, 1), b: int = 0, h: int = 0
+        self,
+        L: int,
+        S: int,
+        *,
+        B: int = 1,
+        heads: tuple[int, int] = (1, 1),
+        b: int = 0,
+        h: int = 0,
     ) -> TileTable:
-        """The tiles that the mask leaves of L queries x S keys, for head block ``h`` of batch ``b``.
+        """The tiles that the mask leaves of L queries x S keys, for query head h of batch b.
 
         ``heads`` is (Hq, Hkv). What the kernel walks, found by interval analysis; nothing of size
         L x S is made.

@@ -1,8 +1,8 @@
 """The scalar graph that a traced spec becomes: hash-consed, typed, printable.
 
-A node is one scalar of the computation for one (query row, key) pair. ``vec`` nodes change with the
-key; the others are fixed for a query row. Reductions (``sum``, ``amax``...) run over the live keys of
-a row. Everything later in the pipeline (derivatives, kernel key, generated C++) reads this form.
+A node is one scalar of the computation for one (query row, key) pair. ``vec`` nodes change with
+the key; the others are fixed for a query row. Reductions (``sum``, ``amax``...) run over the live
+keys of a row. Everything later in the pipeline (derivatives, kernel key, generated C++) reads this form.
 """
 
 from __future__ import annotations
@@ -174,9 +174,7 @@ def substitute(graph: Graph, roots: Sequence[Node], table: Mapping[Node, Node]) 
 
 def rename_inputs(graph: Graph, roots: Sequence[Node], table: Mapping[str, Node]) -> list[Node]:
     """``roots`` with the inputs called by the keys of ``table`` replaced."""
-    swaps = {
-        n: table[n.attr[0]] for n in walk(roots) if n.op == "input" and n.attr[0] in table
-    }
+    swaps = {n: table[n.attr[0]] for n in walk(roots) if n.op == "input" and n.attr[0] in table}
     return substitute(graph, roots, swaps)
 
 
@@ -198,7 +196,7 @@ def digest(value: str) -> str:
     return hashlib.sha256(value.encode()).hexdigest()
 
 
-# -- evaluation in torch: derivatives are traced through this, probes in fp64 run on it -------------
+# -- evaluation in torch: derivatives are traced through this, probes in fp64 run on it ---------
 
 
 def _floor_div(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

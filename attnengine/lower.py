@@ -242,7 +242,7 @@ class FxLowering:
             return self.low.pointwise("div", [total, count], out, out)
         return self.g.node(op, (self.g.cast(x, out),), out)
 
-    # -- operators with a meaning of their own --------------------------------------------------------
+    # -- operators with a meaning of their own --------------------------------------------------
     def op_add(self, node: torch.fx.Node, v: list[Any], out: str) -> Value:
         return self.scaled("add", node, v, out)
 

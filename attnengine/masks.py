@@ -36,7 +36,8 @@ class TileTable:
         length = self.runs[:, 2] - self.runs[:, 1]
         partial = int(length[self.runs[:, 3] == PARTIAL].sum())
         full = int(length[self.runs[:, 3] == FULL].sum())
-        return {"empty": self.rows * self.columns - partial - full, "partial": partial, "full": full}
+        empty = self.rows * self.columns - partial - full
+        return {"empty": empty, "partial": partial, "full": full}
 
     def dense(self) -> np.ndarray:
         """uint8 [rows, columns] of classes: for small tables."""

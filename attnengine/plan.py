@@ -92,9 +92,7 @@ def plan(key: KernelKey, traced: Traced, derived: Derived | None, isa: str) -> P
     return candidates(key, traced, derived, isa)[0]
 
 
-def candidates(
-    key: KernelKey, traced: Traced, derived: Derived | None, isa: str
-) -> list[Plan]:
+def candidates(key: KernelKey, traced: Traced, derived: Derived | None, isa: str) -> list[Plan]:
     """Every legal candidate, cheapest first."""
     if not 1 <= key.head_dim <= MAX_HEAD_DIM or not 1 <= key.value_dim <= MAX_HEAD_DIM:
         name = "head_dim" if not 1 <= key.head_dim <= MAX_HEAD_DIM else "value_dim"

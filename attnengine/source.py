@@ -67,7 +67,7 @@ class Unit:
         self.fields: list[Node] = []
         self.names: dict[int, str] = {}
 
-    # -- values of a row that do not depend on the key, kept in struct Row ---------------------------
+    # -- values of a row that do not depend on the key, kept in struct Row ----------------------
     def is_static(self, root: Node) -> bool:
         """Depends only on b, h, q, constants and captures."""
         for n in walk([root]):
@@ -114,7 +114,7 @@ class Unit:
     def emitter(self, **kw: object) -> Emitter:
         return Emitter(self.ranges, self.names, **kw)  # type: ignore[arg-type]
 
-    # -- masks ---------------------------------------------------------------------------------------
+    # -- masks ----------------------------------------------------------------------------------
     def mask_members(self) -> list[str]:
         mask = self.t.mask
         used = inputs_of([mask]) if mask is not None else set()
@@ -140,7 +140,7 @@ class Unit:
             "  }",
         ]
 
-    # -- the start of every sweep over a tile row --------------------------------------------------
+    # -- the start of every sweep over a tile row -----------------------------------------------
     def open_loop(self, e: Emitter, hoisted: Sequence[Node]) -> Emitter:
         """Emits the loop head up to the dead-key blend; returns the emitter of the loop body, with
         the inputs score, scores and k bound and ``live`` declared."""
@@ -199,7 +199,7 @@ class Unit:
             stack.extend(n.args)
         return True
 
-    # -- dead keys ------------------------------------------------------------------------------------
+    # -- dead keys ------------------------------------------------------------------------------
     def dead_natural(self, node: Node, identity: float) -> bool:
         """Whether ``node`` is exactly ``identity`` at a score of -inf whatever the row's state."""
         if node.dtype not in FLOATS:
@@ -312,9 +312,7 @@ def _identity(n: Node, rep: str) -> str:
     return f"ae::splat<{vector}>({SCALAR[rep]}({int(value)}))"
 
 
-def forward_source(
-    traced: Traced, plan: Plan, key: KernelKey, saved_states: Sequence[str]
-) -> str:
+def forward_source(traced: Traced, plan: Plan, key: KernelKey, saved_states: Sequence[str]) -> str:
     """The forward unit. ``saved_states`` are running states stored after the user's statistics."""
     u = Unit(traced, plan, key)
     row, g, d = traced.row, traced.graph, traced.dtype
@@ -558,7 +556,8 @@ def backward_source(traced: Traced, derived: Derived, plan: Plan, key: KernelKey
 
     lines += [
         "  template <bool kPartial>",
-        "  static void tile_row(const ae::Env& env, const Row& row, A scale, const A* r, A* s, A* dp,",
+        "  static void tile_row(const ae::Env& env, const Row& row, A scale, const A* r, A* s,",
+        "                       A* dp,",
         "                       A* const* grads, int64_t kv0, int ncols, bool mask_full) {",
         "    (void)env, (void)row, (void)r, (void)grads, (void)kv0, (void)ncols, (void)mask_full;",
         "    const V low = ae::splat<V>(-A(__builtin_inf()));",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import types
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -141,6 +142,14 @@ def _check_callable(name: str, fn: Any, form: str) -> None:
         return
     if not callable(fn):
         raise TypeError(f"{name}={fn!r}: expected a callable {form} or None")
+    code = getattr(fn, "__code__", None)
+    if (
+        type(fn) is types.FunctionType
+        and code.co_argcount == form.count(",") + 1
+        and not fn.__defaults__
+        and not code.co_kwonlyargcount
+    ):
+        return  # the usual lambda, without the cost of inspect.signature
     try:
         signature = inspect.signature(fn)
     except (TypeError, ValueError):  # builtins such as torch.tanh carry no signature

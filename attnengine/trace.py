@@ -193,9 +193,7 @@ def _inline_constants(module: torch.fx.GraphModule) -> set[int]:
     return {
         id(getattr(module, str(n.target)))
         for n in module.graph.nodes
-        if n.op == "get_attr"
-        and n.users
-        and all("lift_fresh" in str(u.target) for u in n.users)
+        if n.op == "get_attr" and n.users and all("lift_fresh" in str(u.target) for u in n.users)
     }
 
 
@@ -249,14 +247,12 @@ def _trace_error(e: Exception, fn: Callable, what: str, mode: _UserLines) -> Tra
     return TraceError(f"{what} {describe(fn)}{at}: {type(e).__name__}: {text}")
 
 
-# -- the callables of a spec ---------------------------------------------------------------------------
+# -- the callables of a spec --------------------------------------------------------------------
 
 
 def index_inputs(graph: Graph) -> list[tuple[str, Value, torch.Tensor]]:
     zero = torch.zeros((), dtype=torch.int64)
-    return [
-        (n, graph.input(n, "i64", vec=(n == "k")), zero.clone()) for n in ("b", "h", "q", "k")
-    ]
+    return [(n, graph.input(n, "i64", vec=(n == "k")), zero.clone()) for n in ("b", "h", "q", "k")]
 
 
 def example(dtype: str, keys: int | None = None) -> torch.Tensor:
@@ -294,8 +290,8 @@ def trace_operand(tr: Tracer, fn: Callable, what: str) -> Node:
 def scalar_result(out: Any, fn: Any, what: str) -> Node:
     if isinstance(out, Array):
         raise TraceError(
-            f"{what} {describe(fn)}: returned a tensor of shape {out.shape}, expected a 0-d tensor; "
-            "index every dimension of a captured tensor"
+            f"{what} {describe(fn)}: returned a tensor of shape {out.shape}, expected a 0-d "
+            "tensor; index every dimension of a captured tensor"
         )
     if not isinstance(out, Node):
         raise TraceError(
