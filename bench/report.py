@@ -97,6 +97,7 @@ def environment(threads: int) -> dict[str, str]:
         "cpu": cpu,
         "logical cpus": str(os.cpu_count()),
         "threads": str(threads),
+        "load": f"{os.getloadavg()[0]:.1f}",
         "torch": torch.__version__,
         "torch CPU capability": torch.backends.cpu.get_cpu_capability(),
         "attnengine": ae.__version__,

@@ -80,6 +80,7 @@ def sdpa(entry: Entry, spec: ae.AttentionSpec, length: int) -> Callable[..., Ten
 
 def flex(spec: ae.AttentionSpec, length: int) -> Callable[..., Tensor]:
     """FlexAttention compiled for the variant; on the CPU it is forward only."""
+    assert spec.mask_mod is not None
     torch._dynamo.reset()
     mask = create_block_mask(spec.mask_mod, None, None, length, length, device="cpu")
     compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
