@@ -88,9 +88,14 @@ AE_INLINE ValueOf<T> load_one(const void* data, int64_t offset) {
 // W consecutive elements.
 template <class T, int W>
 AE_INLINE auto load_run(const void* data, int64_t offset) {
-  Vector<Raw<T>, W> x;
-  __builtin_memcpy(&x, static_cast<const Raw<T>*>(data) + offset, sizeof(x));
-  return decode<T>(x);
+  const Raw<T>* from = static_cast<const Raw<T>*>(data) + offset;
+  if constexpr (kWide<Vector<Raw<T>, W>>) {
+    return join(load_run<T, W / 2>(from, 0), load_run<T, W / 2>(from, W / 2));
+  } else {
+    Vector<Raw<T>, W> x;
+    __builtin_memcpy(&x, from, sizeof(x));
+    return decode<T>(x);
+  }
 }
 
 }  // namespace ae

@@ -95,22 +95,54 @@ template <int kFirst, Vec V, int... I>
 AE_INLINE auto some_lanes(V v, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(v, v, (kFirst + I)...);
 }
-template <Vec V>
-AE_INLINE auto lower_half(V v) {
-  return some_lanes<0>(v, std::make_integer_sequence<int, kLanes<V> / 2>());
+template <bool kUpper, Vec V>
+AE_INLINE auto half_of(V v) {
+  constexpr int kHalf = kLanes<V> / 2;
+  if constexpr (kWide<V>) {  // such a vector lives in memory
+    Vector<ElemOf<V>, kHalf> half;
+    __builtin_memcpy(&half, reinterpret_cast<const char*>(&v) + kUpper * sizeof(half),
+                     sizeof(half));
+    return half;
+  } else {
+    return some_lanes<kUpper * kHalf>(v, std::make_integer_sequence<int, kHalf>());
+  }
 }
-template <Vec V>
-AE_INLINE auto upper_half(V v) {
-  return some_lanes<kLanes<V> / 2>(v, std::make_integer_sequence<int, kLanes<V> / 2>());
+// Both halves of a scalar are the scalar: it is broadcast later.
+template <class X>
+AE_INLINE auto lower_half(X x) {
+  if constexpr (Scalar<X>) {
+    return x;
+  } else {
+    return half_of<false>(x);
+  }
 }
+template <class X>
+AE_INLINE auto upper_half(X x) {
+  if constexpr (Scalar<X>) {
+    return x;
+  } else {
+    return half_of<true>(x);
+  }
+}
+
 template <Vec H, int... I>
 AE_INLINE auto join_lanes(H lower, H upper, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(lower, upper, I...);
 }
 template <Vec H>
 AE_INLINE auto join(H lower, H upper) {
-  return join_lanes(lower, upper, std::make_integer_sequence<int, 2 * kLanes<H>>());
+  using V = Vector<ElemOf<H>, 2 * kLanes<H>>;
+  if constexpr (kWide<V>) {
+    V v;
+    __builtin_memcpy(&v, &lower, sizeof(H));
+    __builtin_memcpy(reinterpret_cast<char*>(&v) + sizeof(H), &upper, sizeof(H));
+    return v;
+  } else {
+    return join_lanes(lower, upper, std::make_integer_sequence<int, kLanes<V>>());
+  }
 }
+template <class V>
+using HalfOf = Vector<ElemOf<V>, kLanes<V> / 2>;
 
 // The conversions between lanes of different sizes that the compiler would do in several steps.
 #define AE_CONVERSION(From, To, W, intrinsic, Register)         \
@@ -133,6 +165,11 @@ AE_CONVERSION(float, double, 4, _mm256_cvtps_pd, __m128)
 AE_CONVERSION(int32_t, int64_t, 4, _mm256_cvtepi32_epi64, __m128i)
 AE_CONVERSION(uint16_t, uint32_t, 8, _mm256_cvtepu16_epi32, __m128i)
 AE_CONVERSION(int16_t, int32_t, 8, _mm256_cvtepi16_epi32, __m128i)
+AE_INLINE Vector<int32_t, 4> resize_lanes(Vector<int64_t, 4> x, int32_t) {
+  const __m256i low_words = _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6);
+  return (Vector<int32_t, 4>)_mm256_castsi256_si128(
+      _mm256_permutevar8x32_epi32((__m256i)x, low_words));
+}
 #endif
 #undef AE_CONVERSION
 

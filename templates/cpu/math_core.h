@@ -4,51 +4,73 @@
 
 namespace ae {
 
-// op(x, y) as a Mask for vectors of one type, as a bool for scalars.
-template <class Op, class V>
-AE_INLINE BoolOf<V> compare(V x, V y) {
+// Op on operands brought to type V: a Mask for vectors, a bool for scalars.
+template <class Op, class V, class A, class B>
+AE_INLINE BoolOf<V> compare(A a, B b) {
   if constexpr (Scalar<V>) {
-    return Op::of(x, y);
+    return Op::of(splat<V>(a), splat<V>(b));
   } else if constexpr (kWide<V>) {
-    return join(compare<Op>(lower_half(x), lower_half(y)),
-                compare<Op>(upper_half(x), upper_half(y)));
+    return join(compare<Op, HalfOf<V>>(lower_half(a), lower_half(b)),
+                compare<Op, HalfOf<V>>(upper_half(a), upper_half(b)));
   } else {
+    V x = splat<V>(a), y = splat<V>(b);
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<V, Vector<double, 8>>) {
+      __mmask8 k = _mm512_cmp_pd_mask((__m512d)x, (__m512d)y, Op::kFloatPredicate);
+      return (Vector<int32_t, 8>)_mm256_movm_epi32(k);
+    } else if constexpr (std::is_same_v<V, Vector<int64_t, 8>>) {
+      __mmask8 k = _mm512_cmp_epi64_mask((__m512i)x, (__m512i)y, Op::kIntPredicate);
+      return (Vector<int32_t, 8>)_mm256_movm_epi32(k);
+    }
+#endif
     return convert<int32_t>(Op::of(x, y));
   }
 }
 
-// c ? x : y for a Mask, or a bool with scalars.
-template <class C, class V>
-AE_INLINE V choose(C c, V x, V y) {
+// c ? a : b of type V, for a Mask, or for a bool with scalars.
+template <class V, class C, class A, class B>
+AE_INLINE V choose_as(C c, A a, B b) {
   if constexpr (Scalar<V>) {
-    return c ? x : y;
+    return c ? splat<V>(a) : splat<V>(b);
   } else if constexpr (kWide<V>) {
-    return join(choose(lower_half(c), lower_half(x), lower_half(y)),
-                choose(upper_half(c), upper_half(x), upper_half(y)));
+    return join(choose_as<HalfOf<V>>(lower_half(c), lower_half(a), lower_half(b)),
+                choose_as<HalfOf<V>>(upper_half(c), upper_half(a), upper_half(b)));
   } else {
+    V x = splat<V>(a), y = splat<V>(b);
+#if defined(__AVX512F__)
+    if constexpr (sizeof(V) == 64 && kLanes<V> == 8) {
+      __mmask8 k = _mm256_movepi32_mask((__m256i)c);
+      return (V)_mm512_mask_blend_epi64(k, (__m512i)y, (__m512i)x);
+    }
+#endif
     using Lane = std::conditional_t<sizeof(ElemOf<V>) == 8, int64_t, int32_t>;
     return convert<Lane>(c) ? x : y;
   }
 }
+template <class C, class V>
+AE_INLINE V choose(C c, V x, V y) {
+  return choose_as<V>(c, x, y);
+}
 
-#define AE_COMPARE(name, op)                             \
-  struct name##_op {                                     \
-    template <class V>                                   \
-    static AE_INLINE auto of(V x, V y) {                 \
-      return x op y;                                     \
-    }                                                    \
-  };                                                     \
-  template <class A, class B>                            \
-  AE_INLINE auto name(A a, B b) {                        \
-    using V = Common<A, B>;                              \
-    return compare<name##_op>(splat<V>(a), splat<V>(b)); \
+// The predicates are those of the AVX-512 comparisons, the ordered ones that raise nothing for NaN.
+#define AE_COMPARE(name, op, int_predicate, float_predicate)                               \
+  struct name##_op {                                                                       \
+    static constexpr int kIntPredicate = int_predicate, kFloatPredicate = float_predicate; \
+    template <class V>                                                                     \
+    static AE_INLINE auto of(V x, V y) {                                                   \
+      return x op y;                                                                       \
+    }                                                                                      \
+  };                                                                                       \
+  template <class A, class B>                                                              \
+  AE_INLINE auto name(A a, B b) {                                                          \
+    return compare<name##_op, Common<A, B>>(a, b);                                         \
   }
-AE_COMPARE(eq, ==)
-AE_COMPARE(ne, !=)
-AE_COMPARE(lt, <)
-AE_COMPARE(le, <=)
-AE_COMPARE(gt, >)
-AE_COMPARE(ge, >=)
+AE_COMPARE(eq, ==, 0, 0x0)
+AE_COMPARE(ne, !=, 4, 0x4)
+AE_COMPARE(lt, <, 1, 0x11)
+AE_COMPARE(le, <=, 2, 0x12)
+AE_COMPARE(gt, >, 6, 0x1e)
+AE_COMPARE(ge, >=, 5, 0x1d)
 #undef AE_COMPARE
 
 template <class X>

@@ -34,7 +34,7 @@ AE_INLINE auto select(C c, A a, B b) {
   } else {
     using Elem = std::conditional_t<std::is_same_v<T, bool>, int32_t, ElemOf<T>>;
     using V = Retype<C, Elem>;
-    return choose(c, splat<V>(a), splat<V>(b));
+    return choose_as<V>(c, a, b);
   }
 }
 
@@ -54,12 +54,12 @@ AE_INLINE X sign(X x) {
 }
 
 // The hardware's minimum and maximum: b when either operand is NaN.
-#define AE_EXTREMUM(name, op, intrinsic)    \
-  template <class V>                        \
-  AE_INLINE V name(V a, V b) {              \
-    AE_EXTREMUM_512(intrinsic)              \
-    AE_EXTREMUM_256(intrinsic)              \
-    return choose(compare<op>(a, b), a, b); \
+#define AE_EXTREMUM(name, op, intrinsic)       \
+  template <class V>                           \
+  AE_INLINE V name(V a, V b) {                 \
+    AE_EXTREMUM_512(intrinsic)                 \
+    AE_EXTREMUM_256(intrinsic)                 \
+    return choose(compare<op, V>(a, b), a, b); \
   }
 #if defined(__AVX512F__)
 #define AE_EXTREMUM_512(intrinsic)                             \
