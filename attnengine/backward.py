@@ -59,7 +59,7 @@ class Attention(torch.autograd.Function):
 
 # Function.apply without its Python half, which only functorch needs: 2 of the call's 12 us.
 _direct = super(torch.autograd.Function, Attention).apply
-_functorch = torch._C._are_functorch_transforms_active  # type: ignore[attr-defined]
+_functorch = torch._C._are_functorch_transforms_active
 
 
 def apply(

@@ -56,8 +56,8 @@ def _mask_function(
     def block_mask(
         b: torch.Tensor, h: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor
     ) -> torch.Tensor:
-        block = (q_idx // q_block, kv_idx // kv_block)
-        kind = table[(b if by_batch else 0, h if by_head else 0, *block)]
+        at = (b if by_batch else 0, h if by_head else 0, q_idx // q_block, kv_idx // kv_block)
+        kind = table[at]
         return (kind == 2) | ((kind == 1) & mask_mod(b, h, q_idx, kv_idx))
 
     return block_mask

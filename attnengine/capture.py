@@ -75,7 +75,7 @@ class _Walk:
             return ("name", name, getattr(x, "__qualname__", type(x).__name__))
         if isinstance(x, types.MethodType):
             self.opaque = True
-            return ("method", self.function(x.__func__), id(x.__self__))
+            return ("method", self.value(x.__func__), id(x.__self__))
         self.opaque = True
         return ("object", type(x).__qualname__, id(x))
 
@@ -129,8 +129,10 @@ def captures_of_spec(spec: Any) -> Captures:
     walk = _Walk()
     row = spec.row_func
     methods = tuple(
-        walk.value(getattr(type(row), name, None))
+        walk.value(cls.__dict__[name])
+        for cls in type(row).__mro__
         for name in ("init", "update", "finalize", "weights", "merge")
+        if name in cls.__dict__
     )
     fields = tuple((k, walk.value(v)) for k, v in sorted(vars(row).items()))
     state = walk.value(getattr(row, "state", None))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -176,7 +177,8 @@ class _Derivation:
             def forward(*x: torch.Tensor) -> tuple[torch.Tensor, ...]:
                 return tuple(evaluate(outputs, dict(zip(every, (*x, *fixed), strict=True)), KEYS))
 
-            out, pull = torch.func.vjp(forward, *values[: len(wrt)])
+            result: Any = torch.func.vjp(forward, *values[: len(wrt)])
+            out, pull = result
             cot = tuple(
                 v.expand_as(o).to(o.dtype) for v, o in zip(values[count:], out, strict=True)
             )
@@ -242,21 +244,35 @@ class _Derivation:
             target.append(Scatter(capture, leaf.args, part))
 
     def addends(self, node: Node) -> list[Node]:
-        if node.vec:
+        """``node`` as a sum of terms: a sum over the keys becomes its per-key term, so that it is
+        scattered key by key and needs no pass of its own."""
+        emit, g, d = self.low.emit, self.g, self.d
+        if node.vec or not _has_sum(node):
             return [node]
-        if node.op == "add":
-            return [*self.addends(node.args[0]), *self.addends(node.args[1])]
+        zero = g.const(0, node.dtype)
         if node.op == "sum":
             (x,) = node.args
-            return [x if x.vec else self.g.node("splat", (x,), x.dtype, (), True)]
-        if node.op == "neg":
-            return [self.low.emit("neg", [p], self.d) for p in self.addends(node.args[0])]
-        if node.op == "mul":
+            return [x if x.vec else g.node("splat", (x,), x.dtype, (), True)]
+        if node.op == "add":
+            return [*self.addends(node.args[0]), *self.addends(node.args[1])]
+        if node.op == "sub":
+            right = [emit("neg", [p], p.dtype) for p in self.addends(node.args[1])]
+            return [*self.addends(node.args[0]), *right]
+        if node.op in ("neg", "cast", "detach") and node.args[0].dtype in FLOATS:
+            parts = self.addends(node.args[0])
+            if node.op == "neg":
+                return [emit("neg", [p], p.dtype) for p in parts]
+            return [g.cast(p, d) for p in parts]
+        if node.op in ("mul", "div"):
             a, b = node.args
-            if b.op == "sum":
+            if node.op == "mul" and _has_sum(b):
                 a, b = b, a
-            if a.op == "sum":
-                return [self.low.emit("mul", [a.args[0], b], self.d)]
+            if not _has_sum(b):
+                return [emit(node.op, [p, g.cast(b, p.dtype)], p.dtype) for p in self.addends(a)]
+        if node.op == "select" and not _has_sum(node.args[0]):
+            c, a, b = node.args
+            left = [emit("select", [c, p, zero], p.dtype) for p in self.addends(a)]
+            return left + [emit("select", [c, zero, p], p.dtype) for p in self.addends(b)]
         return [node]
 
     def operand(self, node: Node) -> tuple[Node, tuple[Scatter, ...]]:
@@ -266,7 +282,15 @@ class _Derivation:
         grads, _ = self.vjp([node], [x, *diff], [cot])
         out = []
         for leaf, grad in zip(diff, grads[1:], strict=True):
-            out += [Scatter(leaf.attr[0], leaf.args, p) for p in self.addends(grad)]
+            if is_const(grad, 0):
+                continue
+            parts = self.addends(grad)
+            if any(not p.vec and _has_sum(p) for p in parts):
+                raise TraceError(
+                    "the gradient of a captured tensor in q_mod, k_mod or v_mod is not a sum over "
+                    "elements; apply that function before the call"
+                )
+            out += [Scatter(leaf.attr[0], leaf.args, p) for p in parts]
         return grads[0], tuple(out)
 
     def times(self, x: Node, factor: float) -> Node:
@@ -382,6 +406,10 @@ class _Derivation:
                 return None
             ratios.append(grad[live] / w[live])
         return _constant(ratios)
+
+
+def _has_sum(node: Node) -> bool:
+    return any(n.op in REDUCTIONS for n in walk([node]))
 
 
 def _constant(values: list[torch.Tensor]) -> float | None:

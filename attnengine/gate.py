@@ -35,7 +35,8 @@ from .spec import AttentionSpec
 
 MANTISSA = 0.7355  # rms of 1/m over log-uniform mantissas m: a rounding's size in unit roundoffs
 ULPS = 8.0
-FEW = 16.0  # as many rows decide an error: half of its square may be luck (a sum of one: 6 sigma)
+FEW = 36.0  # when as many rows decide an error, half of its square may be luck. Of 650 random tiny
+# problems (1 to 40 keys, D from 1) a correct kernel failed 4 with 16; roundings of like rows agree
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -291,9 +292,10 @@ class Expectation:
 
         half, pairs = q.dtype in HALF, q.shape[:3].numel() * k.shape[2]
         few = q.shape[:3].numel() <= 512 or bool(self.captures)  # luck needs a fair average
-        terms = (8 if pairs <= 2**16 else 4 if few else 1) if half else 0
+        draws = 8 if pairs <= 2**16 else 4 if few else 1
+        kinds = (draws, min(draws, 2)) if half else (0, draws)
         counts = term_counts(q, k, list(self.captures.values()))
-        self.noises = noises(evaluated, self.golden, counts, terms, 1 if half else 2, upcast)
+        self.noises = noises(evaluated, self.golden, counts, *kinds, upcast)
         self.ideal: list[Any] = [None] * len(self.golden)
         self.eager, self.near = self.ideal, dict[str, Tensor]()
         if half:

@@ -2,7 +2,8 @@
 
 A node is one scalar of the computation for one (query row, key) pair. ``vec`` nodes change with
 the key; the others are fixed for a query row. Reductions (``sum``, ``amax``...) run over the live
-keys of a row. Everything later in the pipeline (derivatives, kernel key, generated C++) reads this form.
+keys of a row. Everything later in the pipeline (derivatives, kernel key, generated C++) reads this
+form.
 """
 
 from __future__ import annotations

@@ -203,7 +203,7 @@ class FxLowering:
     def reduction(self, name: str, node: torch.fx.Node, v: list[Any], out: str) -> Value:
         x = v[0]
         op = _REDUCE[name]
-        arguments = {a.name: i for i, a in enumerate(node.target._schema.arguments)}  # type: ignore[union-attr]
+        arguments: dict[str, int] = {a.name: i for i, a in enumerate(node.target._schema.arguments)}  # type: ignore[union-attr]
 
         def argument(key: str, default: Any) -> Any:
             i = arguments.get(key)
@@ -260,7 +260,7 @@ class FxLowering:
         return self.wrap(self.low.pointwise(op, [v[0], b], out, out))
 
     def op_div(self, node: torch.fx.Node, v: list[Any], out: str) -> Value:
-        mode = node.kwargs.get("rounding_mode")
+        mode: Any = node.kwargs.get("rounding_mode")
         if mode is None and len(v) > 2:
             mode = v[2]
         op = {None: "div", "floor": "floor_div", "trunc": "trunc_div"}[mode]
@@ -418,7 +418,7 @@ class FxLowering:
     def op_arange(self, node: torch.fx.Node, v: list[Any], out: str) -> Value:
         size = self.meta(node).shape[0]
         start = v[0] if len(v) > 1 else 0
-        step = v[2] if len(v) > 2 else node.kwargs.get("step", 1)
+        step: Any = v[2] if len(v) > 2 else node.kwargs.get("step", 1)
 
         def element(i: A.Index) -> Node:
             scaled = self.low.emit("mul", [self.g.cast(i[0], out), self.g.const(step, out)], out)

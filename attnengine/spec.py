@@ -142,12 +142,11 @@ def _check_callable(name: str, fn: Any, form: str) -> None:
         return
     if not callable(fn):
         raise TypeError(f"{name}={fn!r}: expected a callable {form} or None")
-    code = getattr(fn, "__code__", None)
     if (
-        type(fn) is types.FunctionType
-        and code.co_argcount == form.count(",") + 1
+        isinstance(fn, types.FunctionType)
+        and fn.__code__.co_argcount == form.count(",") + 1
         and not fn.__defaults__
-        and not code.co_kwonlyargcount
+        and not fn.__code__.co_kwonlyargcount
     ):
         return  # the usual lambda, without the cost of inspect.signature
     try:

@@ -18,7 +18,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "trace": ("ir", "capture", "aten", "lower", "trace", "derive"),
     "normalize": ("key", "blockmask"),
     "plan": ("arch", "plan"),
-    "generate": ("emit", "source"),
+    "generate": ("emit", "unit", "source", "source_backward"),
     "build": ("cache_entry", "cache_lock", "cache", "cache_upkeep", "compiler", "staging", "build"),
     "run": (
         "library",

@@ -1,0 +1,307 @@
+"""What forward and backward units share: the plan struct, the row struct, masks, scores and dead
+keys, and sweeps over a row of scores that gather its reductions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from .emit import (
+    ELEMENT,
+    SCALAR,
+    VECTOR,
+    Emitter,
+    IntervalEmitter,
+    Ranges,
+    float_literal,
+)
+from .ir import FLOATS, REDUCTIONS, Node, evaluate, gathers_of, inputs_of, leaves, walk
+from .key import KernelKey
+from .plan import Plan
+from .trace import KEYS, Traced
+
+IDENTITY = {"sum": 0.0, "prod": 1.0, "amax": float("-inf"), "amin": float("inf")}
+COMBINE = {
+    "sum": "add", "prod": "mul", "amax": "maximum", "amin": "minimum",
+    "any": "logical_or", "all": "logical_and",
+}  # fmt: skip
+ACROSS = {
+    "sum": "hsum", "prod": "hprod", "amax": "hmax", "amin": "hmin", "any": "any", "all": "all",
+}  # fmt: skip
+
+
+def plan_struct(plan: Plan, key: KernelKey) -> list[str]:
+    return [
+        "struct Plan {",
+        f"  using Elem = {ELEMENT[plan.element]};",
+        f"  using Acc = {ELEMENT[plan.accumulator]};",
+        f"  static constexpr int kD = {plan.head_dim}, kDv = {plan.value_dim};",
+        f"  static constexpr int kBlockM = {plan.block_m}, kBlockN = {plan.block_n};",
+        f"  static constexpr int kVirtualWorkers = {plan.virtual_workers};",
+        f"  static constexpr bool kPackGroup = {flag(plan.pack_group)};",
+        f"  static constexpr bool kSplitKV = {flag(plan.split_kv)};",
+        f"  static constexpr bool kBf16Dot = {flag(plan.bf16_dot)};",
+        f"  static constexpr int64_t kScratchBytes = {plan.scratch_bytes};",
+        f'  static constexpr const char* kKey = "{key.digest()}";',
+        "};",
+    ]
+
+
+class Unit:
+    """What the functors of one unit share: the row struct, masks, scores and dead keys."""
+
+    def __init__(self, traced: Traced, plan: Plan, key: KernelKey) -> None:
+        self.t = traced
+        self.plan = plan
+        self.key = key
+        self.g = traced.graph
+        self.d = traced.dtype
+        self.ranges = Ranges()
+        self.static: dict[int, bool] = {}
+        self.fields: list[Node] = []
+        self.names: dict[int, str] = {}
+
+    # -- values of a row that do not depend on the key, kept in struct Row ----------------------
+    def is_static(self, root: Node) -> bool:
+        """Depends only on b, h, q, constants and captures."""
+        for n in walk([root]):
+            if n.id not in self.static:
+                self.static[n.id] = (
+                    not n.vec
+                    and n.op not in REDUCTIONS
+                    and (n.op != "input" or n.attr[0] in ("b", "h", "q"))
+                    and all(self.static[a.id] for a in n.args)
+                )
+        return self.static[root.id]
+
+    def collect_row(self, roots: Iterable[Node]) -> None:
+        found: dict[int, Node] = {}
+        for n in walk(roots):
+            users = n.args if not self.is_static(n) else ()
+            for a in users:
+                if self.is_static(a) and a.op != "const":
+                    found[a.id] = a
+        for r in roots:
+            if self.is_static(r) and r.op != "const":
+                found[r.id] = r
+        self.fields = [found[i] for i in sorted(found)]
+        self.names = {n.id: f"row.f{i}" for i, n in enumerate(self.fields)}
+
+    def row_struct(self) -> list[str]:
+        e = Emitter(self.ranges, self.index_names(), indent=4)
+        values = [e.expr(n) for n in self.fields]
+        lines = ["  struct Row {"]
+        lines += [f"    {SCALAR[e.rep(n)]} f{i};" for i, n in enumerate(self.fields)]
+        lines += [
+            "  };",
+            "  static Row make_row(const ae::Env& env, int64_t b, int64_t h, int64_t q) {",
+            "    (void)env, (void)b, (void)h, (void)q;",
+            *e.lines,
+            f"    return Row{{{', '.join(values)}}};",
+            "  }",
+        ]
+        return lines
+
+    def index_names(self) -> dict[int, str]:
+        return {self.g.input(n, "i64").id: f"int32_t({n})" for n in ("b", "h", "q")}
+
+    def emitter(self, **kw: object) -> Emitter:
+        return Emitter(self.ranges, self.names, **kw)  # type: ignore[arg-type]
+
+    # -- masks ----------------------------------------------------------------------------------
+    def mask_members(self) -> list[str]:
+        mask = self.t.mask
+        used = inputs_of([mask]) if mask is not None else set()
+        bits = 0
+        for n in gathers_of([mask]) if mask is not None else []:
+            bits |= 1 << n.attr[0]
+        g = self.g
+        names = {g.input(n, "i64").id: n for n in ("b", "h", "q")}
+        names[g.input("k", "i64", vec=True).id] = "k"
+        e = IntervalEmitter(self.ranges, names, indent=4, prefix="i")
+        result = e.expr(mask) if mask is not None else "ae::iv::constant(1.0)"
+        return [
+            f"  static constexpr bool kHasMask = {flag(mask is not None)};",
+            f"  static constexpr bool kMaskUsesB = {flag('b' in used)};",
+            f"  static constexpr bool kMaskUsesH = {flag('h' in used)};",
+            f"  static constexpr uint64_t kMaskCaptures = {bits}u;",
+            f"  static constexpr bool kScoreCanDie = {flag(self.t.score is not None)};",
+            "  static ae::Interval classify(const ae::IntervalEnv& env, ae::Interval b,",
+            "                               ae::Interval h, ae::Interval q, ae::Interval k) {",
+            "    (void)env, (void)b, (void)h, (void)q, (void)k;",
+            *e.lines,
+            f"    return {result};",
+            "  }",
+        ]
+
+    # -- the start of every sweep over a tile row -----------------------------------------------
+    def open_loop(self, e: Emitter, hoisted: Sequence[Node]) -> Emitter:
+        """Emits the loop head up to the dead-key blend; returns the emitter of the loop body, with
+        the inputs score, scores and k bound and ``live`` declared."""
+        g, d, t = self.g, self.d, self.t
+        k = g.input("k", "i64", vec=True)
+        roots = [n for n in (t.mask, t.score) if n is not None] + list(hoisted)
+        self.hoist(e, roots)
+        e.line("for (int j = 0; j < Plan::kBlockN; j += L::W) {")
+        body = e.child(live="live", run_start="(kv0 + j)")
+        body.line("const V x = ae::mul(ae::load_vector<V>(s + j), scale);")
+        body.names[g.input("score", d, vec=True).id] = "x"
+        needs_k = any("k" in inputs_of([r]) for r in roots)
+        if needs_k:
+            body.line("const L::I32 k = ae::add(ae::iota<L::I32>(), int32_t(kv0 + j));")
+            body.names[k.id] = "k"
+        body.line("L::Mask live = ~L::Mask{};")
+        body.line("if constexpr (kPartial) {")
+        inner = body.child()
+        inner.line("live = ae::lt(ae::iota<L::I32>(), int32_t(ncols - j));")
+        if t.mask is not None:
+            inner.line("if (!mask_full) {")
+            masked = inner.child()
+            text = masked.expr(t.mask)
+            masked.line(f"live = ae::logical_and(live, {text});")
+            inner.lines += masked.lines
+            inner.line("}")
+        body.lines += inner.lines
+        body.line("}")
+        score = body.expr(t.score) if t.score is not None else "x"
+        body.line(f"V sm = ae::splat<V>({score});")
+        body.line("if constexpr (kPartial) sm = ae::select(live, sm, low);")
+        body.names[g.input("scores", d, vec=True).id] = "sm"
+        return body
+
+    def hoist(self, e: Emitter, roots: Sequence[Node]) -> None:
+        """Row values that the vec nodes under ``roots`` read are computed before the loop."""
+        for n in walk(roots):
+            if n.vec:
+                for a in n.args:
+                    if not a.vec and a.op != "const" and self.available(a, e):
+                        e.expr(a)
+        for r in roots:
+            if not r.vec and r.op != "const" and self.available(r, e):
+                e.expr(r)
+
+    def available(self, node: Node, e: Emitter) -> bool:
+        """Whether ``node`` can be computed from what ``e`` knows."""
+        stack, seen = [node], set()
+        while stack:
+            n = stack.pop()
+            if n.id in e.names or n.id in seen:
+                continue
+            seen.add(n.id)
+            if n.op == "input" or n.op in REDUCTIONS:
+                return False
+            stack.extend(n.args)
+        return True
+
+    # -- dead keys ------------------------------------------------------------------------------
+    def dead_natural(self, node: Node, identity: float) -> bool:
+        """Whether ``node`` is exactly ``identity`` at a score of -inf whatever the row's state."""
+        if node.dtype not in FLOATS:
+            return False
+        scores = self.g.input("scores", self.d, vec=True)
+        gen = torch.Generator().manual_seed(0)
+        for _ in range(4):
+            values: dict[Node, torch.Tensor] = {}
+            for leaf in leaves([node]):
+                shape = (KEYS,) if leaf.vec else ()
+                values[leaf] = 2 * torch.randn(shape, dtype=torch.float64, generator=gen)
+            x = 2 * torch.randn(KEYS, dtype=torch.float64, generator=gen)
+            x[::3] = float("-inf")
+            values[scores] = x
+            (out,) = evaluate([node], values, KEYS, torch.float64)
+            if out.dim() == 0 or not bool((out[::3] == identity).all()):
+                return False
+        return True
+
+    def operand_mods(self) -> list[str]:
+        lines = []
+        for name in ("q", "k", "v"):
+            node = self.t.operands.get(name)
+            lines.append(
+                f"  static constexpr bool kHas{name.upper()}Mod = {flag(node is not None)};"
+            )
+            if node is None:
+                lines.append(f"  static V {name}_mod(const ae::Env&, V x) {{ return x; }}")
+                continue
+            names = {self.g.input("x", self.d, vec=True).id: "x"}
+            e = Emitter(self.ranges, names, indent=4, live="(~L::Mask{})")
+            text = e.expr(node)
+            lines += [
+                f"  static V {name}_mod(const ae::Env& env, V x) {{",
+                "    (void)env;",
+                *e.lines,
+                f"    return ae::splat<V>({text});",
+                "  }",
+            ]
+        return lines
+
+
+def flag(x: bool) -> str:
+    return "true" if x else "false"
+
+
+def header(plan: Plan, key: KernelKey, include: str) -> list[str]:
+    return [
+        f"// attnengine {key.kind} kernel, {plan.target}, {key.element}, D {key.head_dim}, "
+        f"Dv {key.value_dim}. Generated: do not edit.",
+        f'#include "{include}"',
+        '#include "cpu/capture.h"',
+        '#include "cpu/math.h"',
+        "namespace {",
+        *plan_struct(plan, key),
+        "struct Fn {",
+        "  using A = Plan::Acc;",
+        "  using L = ae::Lanes<A>;",
+        "  using V = L::Acc;",
+        f"  static constexpr int kCaptures = {len(key.captures)};",
+    ]
+
+
+class Stages:
+    """Levels of a row graph: stage t needs reductions of t sweeps over the tile row."""
+
+    def __init__(self, roots: Sequence[Node]) -> None:
+        self.level: dict[int, int] = {}
+        self.reductions: list[list[Node]] = []
+        for n in walk(roots):
+            below = max((self.level[a.id] for a in n.args), default=0)
+            if n.op in REDUCTIONS:
+                while len(self.reductions) <= below:
+                    self.reductions.append([])
+                self.reductions[below].append(n)
+                below += 1
+            self.level[n.id] = below
+
+
+def accumulate(unit: Unit, e: Emitter, body: Emitter, reductions: Sequence[Node]) -> None:
+    """Declares accumulators in ``e`` (before the loop) and updates them in ``body``."""
+    for n in reductions:
+        (x,) = n.args
+        rep = e.rep(n)
+        vector = VECTOR[rep]
+        init = _identity(n, rep)
+        e.line(f"{vector} acc{n.id} = {init};")
+        text = f"ae::splat<{vector}>({body.as_rep(x, rep)})"
+        natural = n.op in IDENTITY and unit.dead_natural(x, IDENTITY[n.op])
+        if not natural:
+            text = f"ae::select(alive(), {text}, {init})".replace("alive()", ALIVE)
+        body.line(f"acc{n.id} = ae::{COMBINE[n.op]}(acc{n.id}, {text});")
+
+
+ALIVE = "ae::ne(sm, low)"
+
+
+def _identity(n: Node, rep: str) -> str:
+    vector = VECTOR[rep]
+    if rep == "bool":
+        return f"{vector}{{}}" if n.op == "any" else f"~{vector}{{}}"
+    value = IDENTITY[n.op]
+    if rep in ("f32", "f64"):
+        return f"ae::splat<{vector}>({float_literal(value, rep)})"
+    if n.op in ("amax", "amin"):
+        bits = 31 if rep == "i32" else 63
+        limit = -(2**bits - 1) if n.op == "amax" else 2**bits - 1
+        literal = f"int32_t({limit})" if rep == "i32" else f"INT64_C({limit})"
+        return f"ae::splat<{vector}>({literal})"
+    return f"ae::splat<{vector}>({SCALAR[rep]}({int(value)}))"
