@@ -55,6 +55,7 @@ def measure_case(case: Case, budget_s: float, peak_flops: float) -> list[Row]:
 def cpu(args: argparse.Namespace, console: Console) -> int:
     """Everything the CPU backend is held to."""
     torch.set_num_threads(args.threads)
+    where = report.environment(args.threads)
     budget_s = 1.0 if args.quick else 4.0
 
     def wanted(name: str) -> bool:
@@ -81,13 +82,13 @@ def cpu(args: argparse.Namespace, console: Console) -> int:
         progress.update(task, description="startup")
         rows += startup.measure(1 if args.quick else 3, args.threads, wanted)
         progress.advance(task)
-    report.summary(console, rows, peak_list, args.threads)
+    report.summary(console, rows, peak_list, where)
     for failure in failures:
         console.print(f"WRONG RESULT {failure}", style="bold red")
     command = "python -m bench " + shlex.join(sys.argv[1:])
     folder = args.out or (None if args.quick or args.only else report.RESULTS)
     if folder is not None:
-        for path in report.write(folder, "cpu", rows, peak_list, args.threads, command):
+        for path in report.write(folder, "cpu", rows, peak_list, where, command):
             console.print(f"wrote {path}")
     missed = any(row.verdict == "miss" for row in rows)
     return 1 if failures or (args.strict and missed) else 0

@@ -77,7 +77,7 @@ def ours(case: Case) -> Attend:
     return ae.compile(case.variant.spec(), q, k, v)
 
 
-def step(attend: Attend, operands: tuple[Tensor, Tensor, Tensor], backward: bool) -> Callable:
+def step(attend: Attend, operands: tuple[Tensor, ...], backward: bool) -> Callable:
     """What the clock sees: one forward, or one forward and its gradients for q, k and v."""
     q, k, v = operands
     if not backward:

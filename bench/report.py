@@ -97,7 +97,7 @@ def environment(threads: int) -> dict[str, str]:
         "cpu": cpu,
         "logical cpus": str(os.cpu_count()),
         "threads": str(threads),
-        "load": f"{os.getloadavg()[0]:.1f}",
+        "load before": f"{os.getloadavg()[0]:.1f}",
         "torch": torch.__version__,
         "torch CPU capability": torch.backends.cpu.get_cpu_capability(),
         "attnengine": ae.__version__,
@@ -126,11 +126,15 @@ def markdown(rows: list[Row], peaks: list[Peaks], where: dict[str, str], command
 
 
 def write(
-    folder: Path, stem: str, rows: list[Row], peaks: list[Peaks], threads: int, command: str
+    folder: Path,
+    stem: str,
+    rows: list[Row],
+    peaks: list[Peaks],
+    where: dict[str, str],
+    command: str,
 ) -> list[Path]:
     """Write `stem`.json and `stem`.md under `folder`; returns both paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    where = environment(threads)
     record = {
         "command": command,
         "environment": where,
@@ -143,9 +147,9 @@ def write(
     return paths
 
 
-def summary(console: Console, rows: list[Row], peaks: list[Peaks], threads: int) -> None:
+def summary(console: Console, rows: list[Row], peaks: list[Peaks], where: dict[str, str]) -> None:
     """Print environment, peaks, table and the count of bars met."""
-    console.print(", ".join(f"{key} {value}" for key, value in environment(threads).items()))
+    console.print(", ".join(f"{key} {value}" for key, value in where.items()))
     for peak in peaks:
         console.print(peak.line())
     console.print(table(rows))

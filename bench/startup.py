@@ -43,7 +43,7 @@ def first_output(cache: Path, threads: int) -> dict[str, float]:
 
 def measure(repeats: int, threads: int, wanted: Callable[[str], bool]) -> list[Row]:
     """Rows `startup/...` in seconds: a new spec on an empty cache, and a warm process."""
-    rows = []
+    rows: list[Row] = []
     cold: list[float] = []
     warm: list[float] = []
     if not (wanted("startup/new spec") or wanted("startup/warm process")):

@@ -194,7 +194,8 @@ class LossView:
     def line(self, speed: float) -> str:
         """Step, loss and speed in words."""
         done = f"step {len(self.losses)}/{self.steps}"
-        return f"{self.title}  {done}  loss {self.losses[-1]:.3f}  {speed:,.0f} tokens/s"
+        rate = f"  {speed:,.0f} tokens/s" if speed else ""
+        return f"{self.title}  {done}  loss {self.losses[-1]:.3f}{rate}"
 
     def __call__(self, step: int, loss: float, speed: float) -> None:
         self.losses.append(loss)
@@ -205,7 +206,7 @@ class LossView:
                 Text(sparkline(self.losses), style="cyan"),
             )
             self.live.update(view)
-        elif step + 1 == self.steps or (step + 1) % max(1, self.steps // 6) == 0:
+        elif step + 1 == self.steps or (step + 1) % max(10, self.steps // 6) == 0:
             self.console.print(self.line(speed))
 
 
