@@ -67,7 +67,12 @@ def attention(
         KernelUnavailable, BuildError: the kernel cannot be compiled here.
     """
     handle = spec.__dict__.get("_handle")
-    if handle is not None and return_aux is None and not _is_compiling():
+    if (
+        handle is not None
+        and return_aux is None
+        and not _is_compiling()
+        and not (handle.frozen and handle.thawed())
+    ):
         try:
             if _grad_enabled() and (
                 q.requires_grad or k.requires_grad or v.requires_grad or handle.capture_grads
@@ -107,6 +112,10 @@ def _handle(q: Any, k: Any, v: Any, spec: AttentionSpec, isa: str | None = None)
     table = spec.__dict__.setdefault("_handles", {})
     key = (q.dtype, q.shape[3], v.shape[3], isa or dispatch.default_isa())
     handle = table.get(key)
+    if handle is not None and handle.stale():  # module.to(dtype), requires_grad_(): bind again
+        spec.__dict__.pop("_captures")
+        table.clear()
+        handle = None
     if handle is None:
         program, tensors = dispatch.resolve(spec, q, k, v, isa)
         if _grad_enabled() and (

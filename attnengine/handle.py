@@ -36,6 +36,10 @@ def autocast_operands(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
     return q, k, v
 
 
+def _kinds(tensors: Sequence[torch.Tensor]) -> list[tuple]:
+    return [(t.dtype, t.dim(), t.requires_grad) for t in tensors]
+
+
 class Statistics(dict):
     """Saved row statistics by name, [B, Hq, L] each; also readable as attributes (``aux.lse``)."""
 
@@ -75,6 +79,12 @@ class Handle:
         self.capture_grads = bool(self.trainable)
         grads = ".".join(map(str, program.sources.grads))
         self.key = f"{program.sources.key}/{program.isa}/{grads}"
+        # Floating captures without gradient: one that is later told to require grad needs another
+        # kernel, so calls look at them (there are rarely any).
+        self.frozen = tuple(
+            t for t in self.tensors if t.is_floating_point() and not t.requires_grad
+        )
+        self.kinds = _kinds(self.tensors)
         self.ready = self.program.backward_id >= 0  # the gradient's kernel is loaded
         self._pipeline: Pipeline | None = None
         ops.register_key(self.key, self._resolve)
@@ -90,6 +100,10 @@ class Handle:
         ``return_aux`` as in :func:`attnengine.attention`. Raises TypeError or ValueError when the
         operands do not fit this kernel, naming the argument.
         """
+        if self.frozen and self.thawed():
+            raise ValueError(
+                "a captured tensor requires grad since this handle was made without it; call attnengine.compile(spec, q, k, v) again with a new spec"
+            )
         if return_aux is None and not _is_compiling():
             try:
                 if _grad_enabled() and (
@@ -103,6 +117,17 @@ class Handle:
                 raise ops.translate(error) from None
         out, stats = self.run(*autocast_operands(q, k, v), return_aux is not None)
         return out if return_aux is None else (out, self.aux(stats))
+
+    def thawed(self) -> bool:
+        """Whether a captured tensor has come to require grad."""
+        for t in self.frozen:
+            if t.requires_grad:
+                return True
+        return False
+
+    def stale(self) -> bool:
+        """Whether a captured tensor is no longer of the kind that the kernel was made for."""
+        return _kinds(self.tensors) != self.kinds
 
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, want_stats: bool

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from attnengine.staging import templates_dir as templates_dir
@@ -75,15 +76,6 @@ class KernelInfo:
     captures: tuple[tuple[int, torch.dtype], ...]
 
 
-@dataclass(frozen=True)
-class TileRun:
-    """KV tiles ``begin`` to ``end`` (exclusive) of one class: ``"partial"`` or ``"full"``."""
-
-    begin: int
-    end: int
-    tile_class: str
-
-
 def load_kernel(
     path: str | os.PathLike[str], captures: Iterable[tuple[int, torch.dtype]] | None = None
 ) -> int:
@@ -113,15 +105,15 @@ def classify(
     *,
     b: int = 0,
     h: int = 0,
-    row_tile: int = 0,
-) -> list[TileRun]:
-    """The runs of KV tiles that a forward kernel walks for one row of tiles.
+) -> np.ndarray:
+    """The runs of KV tiles that a forward kernel walks for the rows of tiles of one query head.
 
-    ``sizes`` is (B, Hq, Hkv, L, S). Tiles in no run are empty: no key in them is live.
+    int32 [runs, 4] of (row of tiles, first KV tile, end, class); classes are those of
+    TILE_CLASSES. ``sizes`` is (B, Hq, Hkv, L, S). Tiles in no run are empty: no key there is live.
     """
     tensors = [(t.data_ptr(), tuple(t.shape), t.stride(), DTYPE_CODES[t.dtype]) for t in captures]
-    runs = host.classify(kernel, list(sizes), tensors, b, h, row_tile)
-    return [TileRun(begin, end, TILE_CLASSES[c]) for begin, end, c in runs]
+    runs = host.classify(kernel, list(sizes), tensors, b, h)
+    return np.frombuffer(runs, dtype=np.int32).reshape(-1, 4)
 
 
 def cpu_isa() -> str:

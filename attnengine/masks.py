@@ -61,11 +61,5 @@ def tile_table(
     _, heads, kv_heads, length, keys = sizes
     group = heads // kv_heads if pack_group and kv_heads else 1
     rows = -(-length * group // block_m)
-    code = {"partial": PARTIAL, "full": FULL}
-    found = [
-        (row, run.begin, run.end, code[run.tile_class])
-        for row in range(rows)
-        for run in library.classify(kernel, sizes, captures, b=b, h=h, row_tile=row)
-    ]
-    table = np.array(found, dtype=np.int32).reshape(-1, 4)
-    return TileTable(table, rows, -(-keys // block_n), block_m, block_n)
+    runs = library.classify(kernel, sizes, captures, b=b, h=h)
+    return TileTable(runs, rows, -(-keys // block_n), block_m, block_n)

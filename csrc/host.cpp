@@ -104,11 +104,9 @@ py::dict kernel_info(int64_t id) {
   return d;
 }
 
-std::vector<std::tuple<int32_t, int32_t, int32_t>> classify(int64_t id,
-                                                            const std::array<int64_t, 5>& sizes,
-                                                            const std::vector<CaptureArg>& captures,
-                                                            int64_t b, int64_t h,
-                                                            int64_t row_tile) {
+// The runs as the bytes of an int32 [runs, 4] array.
+py::bytes classify(int64_t id, const std::array<int64_t, 5>& sizes,
+                   const std::vector<CaptureArg>& captures, int64_t b, int64_t h) {
   std::vector<ae_capture> tensors(captures.size());
   for (size_t i = 0; i < captures.size(); ++i) {
     const auto& [address, shape, strides, dtype] = captures[i];
@@ -137,19 +135,16 @@ std::vector<std::tuple<int32_t, int32_t, int32_t>> classify(int64_t id,
   p.threads = 1;
   p.fault = &fault;
   char error[kErrorBytes];
-  std::vector<ae_run> runs(64);
+  std::vector<ae_row_run> runs(4096);
   for (;;) {
-    const int64_t n = api().classify(id, &p, b, h, row_tile, runs.data(),
-                                     static_cast<int64_t>(runs.size()), error, kErrorBytes);
+    const int64_t n = api().classify(id, &p, b, h, runs.data(), static_cast<int64_t>(runs.size()),
+                                     error, kErrorBytes);
     if (n < 0) throw py::value_error(error);
     const bool fits = n <= static_cast<int64_t>(runs.size());
     runs.resize(static_cast<size_t>(n));
     if (fits) break;
   }
-  std::vector<std::tuple<int32_t, int32_t, int32_t>> result;
-  result.reserve(runs.size());
-  for (const ae_run& r : runs) result.emplace_back(r.begin, r.end, r.tile_class);
-  return result;
+  return py::bytes(reinterpret_cast<const char*>(runs.data()), runs.size() * sizeof(ae_row_run));
 }
 
 ae_host_tensor as_host(const TensorArg& x) {
@@ -181,8 +176,9 @@ PYBIND11_MODULE(_host, m) {
         "tensor.");
   m.def("kernel_info", &kernel_info, py::arg("kernel"), "The module's own description, as a dict.");
   m.def("classify", &classify, py::arg("kernel"), py::arg("sizes"), py::arg("captures"),
-        py::arg("b"), py::arg("h"), py::arg("row_tile"),
-        "Runs (begin, end, class) of KV tiles that a row of tiles walks; sizes = (B, Hq, Hkv, L, "
+        py::arg("b"), py::arg("h"),
+        "Runs of KV tiles, the bytes of int32 [runs, 4] (row, begin, end, class); sizes = (B, Hq, "
+        "Hkv, L, "
         "S).");
   m.def("check_forward", &check_forward, py::arg("kernel"), py::arg("q"), py::arg("k"),
         py::arg("v"), py::arg("captures"),

@@ -65,8 +65,8 @@ int32_t kernel_capture(int64_t id, int32_t index, int32_t* rank, int32_t* dtype)
   return 1;
 }
 
-int64_t classify(int64_t id, const ae_params* params, int64_t b, int64_t h, int64_t row_tile,
-                 ae_run* out, int64_t capacity, char* error, int64_t error_bytes) {
+int64_t classify(int64_t id, const ae_params* params, int64_t b, int64_t h, ae_row_run* out,
+                 int64_t capacity, char* error, int64_t error_bytes) {
   return guarded<int64_t>(error, error_bytes, [&] {
     const ae::Kernel& kernel = kernel_of(id);
     if (kernel.classify == nullptr) {
@@ -74,7 +74,7 @@ int64_t classify(int64_t id, const ae_params* params, int64_t b, int64_t h, int6
                       " has no tile classifier; only forward kernels do");
     }
     ae::check_capture_count(kernel.info, params->capture_count);
-    return kernel.classify(params, b, h, row_tile, out, capacity);
+    return kernel.classify(params, b, h, out, capacity);
   });
 }
 

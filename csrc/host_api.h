@@ -31,9 +31,9 @@ typedef struct ae_host_api {
   const char* (*kernel_path)(int64_t id);
   // Rank and ae_dtype that captured tensor `index` was declared with; 0 when nothing was declared.
   int32_t (*kernel_capture)(int64_t id, int32_t index, int32_t* rank, int32_t* dtype);
-  // The number of runs of that row of tiles (as in ae_classify).
-  int64_t (*classify)(int64_t id, const ae_params* params, int64_t b, int64_t h, int64_t row_tile,
-                      ae_run* out, int64_t capacity, char* error, int64_t error_bytes);
+  // The number of runs (as in ae_classify).
+  int64_t (*classify)(int64_t id, const ae_params* params, int64_t b, int64_t h, ae_row_run* out,
+                      int64_t capacity, char* error, int64_t error_bytes);
   // The checks that forward applies to q, k, v and captures. 0 = they pass.
   int32_t (*check_forward)(int64_t id, const ae_host_tensor* qkv, const ae_host_tensor* captures,
                            int32_t capture_count, char* error, int64_t error_bytes);

@@ -89,17 +89,23 @@ typedef struct ae_run {
   int32_t tile_class;  // PARTIAL or FULL; empty tiles are not listed
 } ae_run;
 
+// The same with its row of tiles: what introspection returns.
+typedef struct ae_row_run {
+  int32_t row, begin, end, tile_class;
+} ae_row_run;
+
 // A kernel module exports exactly these symbols (forward and backward modules alike; ae_classify
 // only in forward modules):
 //   const ae_module_info* ae_info(void);
 //   int64_t ae_workspace_bytes(const ae_params*);             // depends on sizes and threads only
 //   int32_t ae_launch(const ae_params*, void* workspace, ae_parallel_for);  // 0 = ok
-//   int64_t ae_classify(const ae_params*, int64_t b, int64_t h, int64_t row_tile,
-//                       ae_run* out, int64_t capacity);       // number of runs of that row of tiles
+//   int64_t ae_classify(const ae_params*, int64_t b, int64_t h, ae_row_run* out,
+//                       int64_t capacity);  // the runs of all rows of tiles of query head h:
+//                       their number; the first `capacity` are stored
 typedef const ae_module_info* (*ae_info_fn)(void);
 typedef int64_t (*ae_workspace_fn)(const ae_params*);
 typedef int32_t (*ae_launch_fn)(const ae_params*, void*, ae_parallel_for);
-typedef int64_t (*ae_classify_fn)(const ae_params*, int64_t, int64_t, int64_t, ae_run*, int64_t);
+typedef int64_t (*ae_classify_fn)(const ae_params*, int64_t, int64_t, ae_row_run*, int64_t);
 
 #ifdef __cplusplus
 }

@@ -63,14 +63,33 @@ int32_t forward_launch(const ae_params* p, void* workspace, ae_parallel_for para
   return kLaunched;
 }
 
-// h: a query head; row_tile: the tile of its head block (the heads that share a row tile).
+inline void run_here(int64_t n, int32_t, ae_task task, void* arg) {
+  for (int64_t i = 0; i < n; ++i) task(arg, i, 0);
+}
+
+// Introspection, not part of a launch: all runs of the rows of tiles that hold query head h.
 template <class Plan, class Fn>
-int64_t forward_classify(const ae_params* p, int64_t b, int64_t h, int64_t row_tile, ae_run* out,
+int64_t forward_classify(const ae_params* p, int64_t b, int64_t h, ae_row_run* out,
                          int64_t capacity) {
   const ForwardSizes<Plan> sizes(*p, Forward<Plan, Fn>::kCanSplit);
-  if (sizes.interleave == 0 || row_tile >= sizes.row_tiles) return 0;
-  const ForwardTile<Plan> tile(sizes, b, h / sizes.interleave, row_tile);
-  return Forward<Plan, Fn>::runs(tile, interval_env(*p), p->S, out, capacity);
+  if (sizes.interleave == 0 || sizes.kv_tiles == 0) return 0;
+  const int64_t tables = round_up(table_bytes(*p, Fn::kMaskCaptures), kCacheLine);
+  char* memory = (char*)__builtin_malloc(tables + kCacheLine + sizeof(ae_run) * sizes.kv_tiles);
+  if (memory == nullptr) return 0;
+  char* aligned = (char*)round_up((int64_t)memory, kCacheLine);
+  ae_run* runs = (ae_run*)(aligned + tables);
+  const IntervalEnv env = build_tables(*p, Fn::kMaskCaptures, aligned, &run_here);
+  int64_t total = 0;
+  for (int64_t row = 0; row < sizes.row_tiles; ++row) {
+    const ForwardTile<Plan> tile(sizes, b, h / sizes.interleave, row);
+    const int64_t n = Forward<Plan, Fn>::runs(tile, env, p->S, runs, sizes.kv_tiles);
+    for (int64_t i = 0; i < n; ++i, ++total) {
+      if (total >= capacity) continue;
+      out[total] = {int32_t(row), runs[i].begin, runs[i].end, runs[i].tile_class};
+    }
+  }
+  __builtin_free(memory);
+  return total;
 }
 
 }  // namespace ae
@@ -83,7 +102,7 @@ int64_t forward_classify(const ae_params* p, int64_t b, int64_t h, int64_t row_t
   AE_EXPORT int32_t ae_launch(const ae_params* p, void* workspace, ae_parallel_for parallel_for) { \
     return ae::forward_launch<Plan, Fn>(p, workspace, parallel_for);                               \
   }                                                                                                \
-  AE_EXPORT int64_t ae_classify(const ae_params* p, int64_t b, int64_t h, int64_t row_tile,        \
-                                ae_run* out, int64_t capacity) {                                   \
-    return ae::forward_classify<Plan, Fn>(p, b, h, row_tile, out, capacity);                       \
+  AE_EXPORT int64_t ae_classify(const ae_params* p, int64_t b, int64_t h, ae_row_run* out,         \
+                                int64_t capacity) {                                                \
+    return ae::forward_classify<Plan, Fn>(p, b, h, out, capacity);                                 \
   }

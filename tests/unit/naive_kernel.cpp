@@ -185,9 +185,9 @@ int32_t ae_launch(const ae_params* p, void* workspace, ae_parallel_for parallel_
 
 #if !BACKWARD
 // No mask: every tile of 16 keys is full.
-int64_t ae_classify(const ae_params* p, int64_t, int64_t, int64_t, ae_run* out, int64_t capacity) {
+int64_t ae_classify(const ae_params* p, int64_t, int64_t, ae_row_run* out, int64_t capacity) {
   if (p->S == 0) return 0;
-  if (capacity > 0) *out = {0, static_cast<int32_t>((p->S + 15) / 16), AE_TILE_FULL};
+  if (capacity > 0) *out = {0, 0, static_cast<int32_t>((p->S + 15) / 16), AE_TILE_FULL};
   return 1;
 }
 #endif

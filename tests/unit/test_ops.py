@@ -248,7 +248,7 @@ def test_kernel_registry(kernels, tmp_path):
 def test_tile_classes(kernels):
     _, _, _, captures = operands(S=40)
     kernel = kernels[torch.float32, "forward"]
-    assert library.classify(kernel, (2, 4, 2, 7, 40), captures) == [library.TileRun(0, 3, "full")]
+    assert library.classify(kernel, (2, 4, 2, 7, 40), captures).tolist() == [[0, 0, 3, 2]]
     with pytest.raises(ValueError, match="no tile classifier"):
         library.classify(kernels[torch.float32, "backward"], (2, 4, 2, 7, 40), captures)
     with pytest.raises(ValueError, match="captures has 0 tensors"):
