@@ -123,10 +123,9 @@ class FxLowering:
     def check_effects(self, node: torch.fx.Node) -> None:
         if not self.keep_detach and "copy_" in str(node.target):
             return  # autograd fills its own temporaries in place; op_copy_ follows them
-        schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.is_mutable:
+        if _mutates(node) and not _temporary(node.args[0]):
             raise Unsupported(
-                f"{node.target} changes a tensor in place",
+                f"{node.target} on an input, a captured tensor or a view",
                 "use the out-of-place operator; inputs and captured tensors are read-only",
             )
 
@@ -143,11 +142,18 @@ class FxLowering:
             raise Unsupported(f"{node.target}")
         self.check_effects(node)
         name = node.target._schema.name.split("::")[1]
-        overload = node.target._overloadname
+        if _mutates(node) and name != "copy_":
+            return self.low.scalar(self.apply(node, name.removesuffix("_")), self.dtype(node))
+        return self.apply(node, name)
+
+    def dtype(self, node: torch.fx.Node) -> str:
+        meta = node.meta.get("val")
+        return A.dtype_of(meta) if isinstance(meta, torch.Tensor) else "f32"
+
+    def apply(self, node: torch.fx.Node, name: str) -> Any:
         args = list(node.args)
         v = [torch.fx.node.map_arg(a, lambda n: self.env[n]) for a in args]
-        meta = node.meta.get("val")
-        out = A.dtype_of(meta) if isinstance(meta, torch.Tensor) else "f32"
+        out = self.dtype(node)
         handler = getattr(self, f"op_{name}", None)
         if handler is not None:
             return handler(node, v, out)
@@ -176,7 +182,7 @@ class FxLowering:
             if name == "lift_fresh_copy":
                 return v[0]
             return self.low.scalar(v[0], out)
-        raise Unsupported(f"aten.{name}.{overload}", _hint(name))
+        raise Unsupported(str(node.target), _hint(name))
 
     def truth(self, x: Any) -> Any:
         if isinstance(x, (Node, Array)) and x.dtype != "bool":
@@ -278,7 +284,8 @@ class FxLowering:
         return self.low.pointwise("logical_not", [self.truth(v[0])], "bool", "bool")
 
     def op_bitwise_not(self, node: torch.fx.Node, v: list[Any], out: str) -> Value:
-        return self.low.pointwise("logical_not" if out == "bool" else "bit_not", v, out, out)
+        op = "logical_not" if out == "bool" else "bit_not"
+        return self.wrap(self.low.pointwise(op, v, out, out))
 
     def op_isnan(self, node: torch.fx.Node, v: list[Any], out: str) -> Value:
         return self.probe("isnan", v[0])
@@ -290,6 +297,30 @@ class FxLowering:
         if x.dtype not in FLOATS:
             return self.g.const(False, "bool")
         return self.low.pointwise(op, [x], x.dtype, "bool")
+
+    def op_signbit(self, node: torch.fx.Node, v: list[Any], out: str) -> Value:
+        x = v[0]
+        if x.dtype in FLOATS:  # -0.0 and negative NaN count
+            x = self.low.pointwise("copysign", [self.g.const(1, x.dtype), x], x.dtype, x.dtype)
+        return self.low.pointwise("lt", [x, self.g.const(0, x.dtype)], x.dtype, "bool")
+
+    def op_fmax(self, node: torch.fx.Node, v: list[Any], out: str) -> Value:
+        return self.ignoring_nan("maximum", v, out)
+
+    def op_fmin(self, node: torch.fx.Node, v: list[Any], out: str) -> Value:
+        return self.ignoring_nan("minimum", v, out)
+
+    def ignoring_nan(self, op: str, v: list[Any], out: str) -> Value:
+        a, b = self.low.scalar(v[0], out), self.low.scalar(v[1], out)
+
+        def make(n: list[Node]) -> Node:
+            x, emit = self.low.emit(op, n, out), self.low.emit
+            if out not in FLOATS:
+                return x
+            x = emit("select", [emit("isnan", [n[0]], "bool"), n[1], x], out)
+            return emit("select", [emit("isnan", [n[1]], "bool"), n[0], x], out)
+
+        return self.low.broadcast([a, b], make, out)
 
     def op_round(self, node: torch.fx.Node, v: list[Any], out: str) -> Value:
         if out in INTS:
@@ -408,7 +439,7 @@ class FxLowering:
     def op_zeros(self, node: torch.fx.Node, v: list[Any], out: str) -> Value:
         return self.filled(node, 0, out)
 
-    op_zeros_like = op_new_zeros = op_zeros
+    op_zeros_like = op_new_zeros = op_zero = op_zeros
 
     def op_ones(self, node: torch.fx.Node, v: list[Any], out: str) -> Value:
         return self.filled(node, 1, out)
@@ -484,6 +515,27 @@ class FxLowering:
         dims[v[1]], dims[v[2]] = dims[v[2]], dims[v[1]]
         return A.permute(x, dims)
 
+    def op_flip(self, node: torch.fx.Node, v: list[Any], out: str) -> Value:
+        x = self.array(v[0], "flip")
+        dims = [d % len(x.shape) for d in v[1]]
+
+        def element(i: A.Index) -> Node:
+            last = [self.low.index_const(s - 1) for s in x.shape]
+            return x.element(
+                tuple(self.low.emit("sub", [last[d], n], "i64") if d in dims else n
+                      for d, n in enumerate(i))
+            )  # fmt: skip
+
+        return Array(x.shape, out, element)
+
+    def op_split_with_sizes(self, node: torch.fx.Node, v: list[Any], out: str) -> list[Value]:
+        x, dim, ends = self.array(v[0], "split"), v[2] if len(v) > 2 else 0, [0]
+        for size in v[1]:
+            ends.append(ends[-1] + size)
+        return [
+            A.slice_(self.low, x, dim, a, b, 1) for a, b in zip(ends, ends[1:], strict=False)
+        ]
+
     def op_cat(self, node: torch.fx.Node, v: list[Any], out: str) -> Value:
         parts = [self.array(self.low.scalar(p, out), "cat") for p in v[0]]
         return A.concatenate(self.low, parts, v[1] if len(v) > 1 else 0)
@@ -497,6 +549,30 @@ class FxLowering:
     def op_dot(self, node: torch.fx.Node, v: list[Any], out: str) -> Value:
         product = self.low.pointwise("mul", v[:2], out, out)
         return A.reduce(self.low, self.array(product, "dot"), "sum", None, False, out)
+
+
+def _mutates(node: torch.fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def _temporary(x: Any) -> bool:
+    """Whether changing ``x`` in place is seen through ``x`` alone: the mod made it, without views."""
+    while isinstance(x, torch.fx.Node) and x.op == "call_function":
+        for user in x.users:
+            if _aliases(user) and not _mutates(user):
+                return False
+        if not _aliases(x):
+            return True
+        if not _mutates(x):
+            return False
+        x = x.args[0]
+    return False
+
+
+def _aliases(node: torch.fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(r.alias_info is not None for r in schema.returns)
 
 
 def _live(module: torch.fx.GraphModule) -> set[torch.fx.Node]:
