@@ -9,7 +9,7 @@
 extern "C" {
 #endif
 
-#define AE_HOST_API_VERSION 1
+#define AE_HOST_API_VERSION 2  // bump on any change of ae_host_api
 
 // One tensor argument for the argument checks; `device` is ae::DeviceKind.
 typedef struct ae_host_tensor {
