@@ -175,6 +175,56 @@ def _shape(x: Any) -> tuple[int, ...]:
     return tuple(x.shape) if hasattr(x, "shape") else ()
 
 
+# -- positions in arrays ------------------------------------------------------------------------
+
+_OUT_OF_RANGE = 2**31 - 1  # an index that no captured tensor has: its gather reports a fault
+
+
+def _bounds(n: Node) -> tuple[float, float]:
+    """Limits of an index that are evident from its last few operations."""
+    if n.dtype == "bool":
+        return 0, 1
+    if n.op == "const":
+        return (const_value(n),) * 2
+    if n.op == "input":
+        return 0, math.inf
+    if n.op == "cast" and n.args[0].dtype not in FLOATS:
+        return _bounds(n.args[0])
+    if n.op in ("add", "mul", "floor_div", "remainder", "minimum", "maximum"):
+        (a, b), (c, d) = (_bounds(x) for x in n.args)
+        if n.op == "add":
+            return a + c, b + d
+        if n.op == "minimum":
+            return min(a, c), min(b, d)
+        if n.op == "maximum":
+            return max(a, c), max(b, d)
+        if n.op == "remainder" and c > 0:
+            return 0, d - 1
+        if n.op == "mul" and a >= 0 and c >= 0:
+            return a * c, math.inf if math.inf in (b, d) else b * d
+        if n.op == "floor_div" and a >= 0 and c > 0:
+            return 0, b
+    return (0, 255) if n.dtype == "u8" else (-math.inf, math.inf)
+
+
+def position(low: Lowering, i: Node, size: int) -> Node:
+    """``i`` as an index from 0 on: a negative one counts from the end."""
+    if _bounds(i)[0] >= 0:
+        return i
+    wrapped = low.emit("add", [i, low.index_const(size)], "i64")
+    return low.emit("select", [low.emit("lt", [i, low.index_const(0)], "bool"), wrapped, i], "i64")
+
+
+def checked(low: Lowering, i: Node, size: int, at: Node) -> Node:
+    """``at``, where the position ``i`` is below ``size``; elsewhere out of any tensor's range."""
+    lo, hi = _bounds(i)
+    for bad, op, limit in ((lo < 0, "ge", 0), (hi >= size, "lt", size)):
+        if bad:
+            fits = low.emit(op, [i, low.index_const(limit)], "bool")
+            at = low.emit("select", [fits, at, low.index_const(_OUT_OF_RANGE)], "i64")
+    return at
+
+
 # -- shape operators on arrays ------------------------------------------------------------------
 
 
@@ -196,10 +246,10 @@ def slice_(low: Lowering, a: Array, dim: int, start: Any, end: Any, step: int) -
     g = low.graph
 
     def element(x: Index) -> Node:
-        scaled = low.emit("mul", [x[dim], g.const(step, "i64")], "i64")
-        return a.element(
-            x[:dim] + (low.emit("add", [scaled, g.const(start, "i64")], "i64"),) + x[dim + 1 :]
-        )
+        i = position(low, x[dim], size)
+        scaled = low.emit("mul", [i, g.const(step, "i64")], "i64")
+        at = low.emit("add", [scaled, g.const(start, "i64")], "i64")
+        return a.element(x[:dim] + (checked(low, i, size, at),) + x[dim + 1 :])
 
     return Array(a.shape[:dim] + (size,) + a.shape[dim + 1 :], a.dtype, element)
 
@@ -242,13 +292,18 @@ def reshape(low: Lowering, a: Array, shape: Sequence[int]) -> Value:
 
     def element(x: Index) -> Node:
         flat: Node = g.const(0, "i64")
-        for i, s in zip(x, sizes, strict=True):
+        places = [position(low, i, s) for i, s in zip(x, sizes, strict=True)]
+        for i, s in zip(places, sizes, strict=True):
             flat = low.emit("mul", [flat, g.const(s, "i64")], "i64")
             flat = low.emit("add", [flat, i], "i64")
         out: list[Node] = []
-        for s in reversed(a.shape):
-            out.append(low.emit("remainder", [flat, g.const(s, "i64")], "i64"))
-            flat = low.emit("floor_div", [flat, g.const(s, "i64")], "i64")
+        for d, s in reversed(list(enumerate(a.shape))):
+            rest = low.emit("floor_div", [flat, g.const(s, "i64")], "i64")
+            out.append(low.emit("remainder", [flat, g.const(s, "i64")], "i64") if d else flat)
+            flat = rest
+        if out:
+            for i, s in zip(places, sizes, strict=True):
+                out[-1] = checked(low, i, s, out[-1])
         return a.element(tuple(reversed(out)))
 
     return _make(tuple(sizes), a.dtype, element)
@@ -343,7 +398,7 @@ def concatenate(low: Lowering, parts: Sequence[Array], dim: int) -> Value:
     sizes = [p.shape[dim] for p in parts]
 
     def element(x: Index) -> Node:
-        i = x[dim]
+        i = position(low, x[dim], sum(sizes))
         offset = sum(sizes)
         out: Node | None = None
         for p, size in zip(reversed(parts), reversed(sizes), strict=True):
@@ -351,6 +406,7 @@ def concatenate(low: Lowering, parts: Sequence[Array], dim: int) -> Value:
             local = low.emit("sub", [i, low.index_const(offset)], "i64")
             local = low.emit("maximum", [local, low.index_const(0)], "i64")
             local = low.emit("minimum", [local, low.index_const(size - 1)], "i64")
+            local = checked(low, i, sum(sizes), local)
             item = p.element(x[:dim] + (local,) + x[dim + 1 :])
             if out is None:
                 out = item

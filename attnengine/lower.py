@@ -108,6 +108,7 @@ class FxLowering:
             out: Node | None = None
             flat_index: Node = self.g.const(0, "i64")
             for i, s in zip(index, shape, strict=True):
+                i = A.position(self.low, i, s)
                 flat_index = self.low.emit("mul", [flat_index, self.g.const(s, "i64")], "i64")
                 flat_index = self.low.emit("add", [flat_index, i], "i64")
             if flat_index.op == "const":
@@ -452,7 +453,8 @@ class FxLowering:
         step: Any = v[2] if len(v) > 2 else node.kwargs.get("step", 1)
 
         def element(i: A.Index) -> Node:
-            scaled = self.low.emit("mul", [self.g.cast(i[0], out), self.g.const(step, out)], out)
+            at = self.g.cast(A.position(self.low, i[0], size), out)
+            scaled = self.low.emit("mul", [at, self.g.const(step, out)], out)
             return self.low.emit("add", [scaled, self.g.const(start, out)], out)
 
         return Array((size,), out, element)
@@ -519,12 +521,13 @@ class FxLowering:
         x = self.array(v[0], "flip")
         dims = [d % len(x.shape) for d in v[1]]
 
-        def element(i: A.Index) -> Node:
-            last = [self.low.index_const(s - 1) for s in x.shape]
-            return x.element(
-                tuple(self.low.emit("sub", [last[d], n], "i64") if d in dims else n
-                      for d, n in enumerate(i))
-            )  # fmt: skip
+        def element(index: A.Index) -> Node:
+            out = list(index)
+            for d in dims:
+                i = A.position(self.low, index[d], x.shape[d])
+                at = self.low.emit("sub", [self.low.index_const(x.shape[d] - 1), i], "i64")
+                out[d] = A.checked(self.low, i, x.shape[d], at)
+            return x.element(tuple(out))
 
         return Array(x.shape, out, element)
 
@@ -532,9 +535,7 @@ class FxLowering:
         x, dim, ends = self.array(v[0], "split"), v[2] if len(v) > 2 else 0, [0]
         for size in v[1]:
             ends.append(ends[-1] + size)
-        return [
-            A.slice_(self.low, x, dim, a, b, 1) for a, b in zip(ends, ends[1:], strict=False)
-        ]
+        return [A.slice_(self.low, x, dim, a, b, 1) for a, b in zip(ends, ends[1:], strict=False)]
 
     def op_cat(self, node: torch.fx.Node, v: list[Any], out: str) -> Value:
         parts = [self.array(self.low.scalar(p, out), "cat") for p in v[0]]
@@ -557,7 +558,7 @@ def _mutates(node: torch.fx.Node) -> bool:
 
 
 def _temporary(x: Any) -> bool:
-    """Whether changing ``x`` in place is seen through ``x`` alone: the mod made it, without views."""
+    """Whether a change of ``x`` in place is seen through ``x`` alone: made here, without views."""
     while isinstance(x, torch.fx.Node) and x.op == "call_function":
         for user in x.users:
             if _aliases(user) and not _mutates(user):
