@@ -9,6 +9,7 @@ values.
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ import attnengine as ae
 from .variants import SOFTCAP, TemperedSoftmaxPlusOne, causal
 
 LOSS_AGREEMENT = 1e-3
+WARMUP_STEPS = 20
 Attend = Callable[[Tensor, Tensor, Tensor, ae.AttentionSpec], Tensor]
 
 
@@ -41,7 +43,7 @@ class Config:
     context: int = 256
     batch: int = 8
     steps: int = 300
-    timed: int = 12  # steps with SDPA, for its tokens/s
+    timed: int = 12  # steps in turns with SDPA's, for tokens/s
     compared: int = 20  # steps that are repeated with the reference
     compared_context: int = 64
     rate: float = 2e-3
@@ -128,40 +130,49 @@ def load_text() -> tuple[Tensor, str]:
     return torch.tensor([index[c] for c in text]), alphabet
 
 
-def train(
-    data: Tensor,
-    vocabulary: int,
-    config: Config,
-    attend: Attend,
-    steps: int,
-    each: Callable[[int, float, float], None],
-) -> tuple[GPT, list[float], float]:
-    """Train from a fixed seed. `each(step, loss, tokens_per_s)` is called after every step. Returns
-    the model, the losses and tokens/s (first two steps left out)."""
-    torch.manual_seed(0)
-    model = GPT(vocabulary, config, attend)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.rate, weight_decay=0.01)
-    chooser = torch.Generator().manual_seed(1)
-    losses: list[float] = []
-    spent, counted = 0.0, 0
-    for step in range(steps):
-        start = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = config.rate * min(1.0, (step + 1) / 20)
-        begin = torch.randint(len(data) - config.context - 1, (config.batch,), generator=chooser)
-        rows = data[begin[:, None] + torch.arange(config.context + 1)]
-        logits = model(rows[:, :-1])
+class Trainer:
+    """A model with its optimizer and its stream of batches, all from fixed seeds: two trainers of
+    one config see the same weights and the same text."""
+
+    def __init__(self, data: Tensor, vocabulary: int, config: Config, attend: Attend) -> None:
+        torch.manual_seed(0)
+        self.data, self.config = data, config
+        self.model = GPT(vocabulary, config, attend)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.rate)
+        self.chooser = torch.Generator().manual_seed(1)
+        self.steps = 0
+
+    def step(self) -> float:
+        """One step of training; returns its loss."""
+        config = self.config
+        self.steps += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.rate * min(1.0, self.steps / WARMUP_STEPS)
+        last = len(self.data) - config.context - 1
+        begin = torch.randint(last, (config.batch, 1), generator=self.chooser)
+        rows = self.data[begin + torch.arange(config.context + 1)]
+        logits = self.model(rows[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-        optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-        if step >= 2:
-            spent += time.perf_counter() - start
-            counted += 1
-        speed = config.batch * config.context * counted / spent if counted else 0.0
-        each(step, losses[-1], speed)
-    return model, losses, speed
+        self.optimizer.step()
+        return loss.item()
+
+
+def race(contestants: dict[str, Trainer], rounds: int) -> dict[str, float]:
+    """Tokens/s of each, from the median of `rounds` steps taken in turns after one warm-up step."""
+    taken: dict[str, list[float]] = {name: [] for name in contestants}
+    for trainer in contestants.values():
+        trainer.step()
+    for _ in range(rounds):
+        for name, trainer in contestants.items():
+            start = time.perf_counter()
+            trainer.step()
+            taken[name].append(time.perf_counter() - start)
+    return {
+        name: trainer.config.batch * trainer.config.context / statistics.median(taken[name])
+        for name, trainer in contestants.items()
+    }
 
 
 def sparkline(losses: list[float], width: int = 60) -> str:
@@ -180,6 +191,7 @@ class LossView:
     def __init__(self, title: str, steps: int, console: Console) -> None:
         self.title, self.steps, self.console = title, steps, console
         self.losses: list[float] = []
+        self.began = time.perf_counter()
         self.live = Live(console=console, refresh_per_second=8, transient=not console.is_terminal)
 
     def __enter__(self) -> LossView:
@@ -191,23 +203,33 @@ class LossView:
         if self.console.is_terminal:
             self.live.stop()
 
-    def line(self, speed: float) -> str:
+    def line(self) -> str:
         """Step, loss and speed in words."""
         done = f"step {len(self.losses)}/{self.steps}"
-        rate = f"  {speed:,.0f} tokens/s" if speed else ""
-        return f"{self.title}  {done}  loss {self.losses[-1]:.3f}{rate}"
+        rate = len(self.losses) / (time.perf_counter() - self.began)
+        return f"{self.title}  {done}  loss {self.losses[-1]:.3f}  {rate:.1f} steps/s"
 
-    def __call__(self, step: int, loss: float, speed: float) -> None:
+    def add(self, loss: float) -> None:
+        """Show one more step."""
         self.losses.append(loss)
+        count = len(self.losses)
         if self.console.is_terminal:
             view: RenderableType = Group(
-                Text(self.line(speed)),
-                ProgressBar(total=self.steps, completed=step + 1, width=60),
+                Text(self.line()),
+                ProgressBar(total=self.steps, completed=count, width=60),
                 Text(sparkline(self.losses), style="cyan"),
             )
             self.live.update(view)
-        elif step + 1 == self.steps or (step + 1) % max(10, self.steps // 6) == 0:
-            self.console.print(self.line(speed))
+        elif count == self.steps or count % max(10, self.steps // 6) == 0:
+            self.console.print(self.line())
+
+
+def train(trainer: Trainer, title: str, steps: int, console: Console) -> list[float]:
+    """Run `steps` steps with a live display; returns the losses."""
+    with LossView(title, steps, console) as view:
+        for _ in range(steps):
+            view.add(trainer.step())
+    return view.losses
 
 
 @torch.no_grad()
@@ -237,18 +259,19 @@ def run(quick: bool, console: Console) -> Training:
         f"{config.width}, {config.heads} heads, context {config.context}, batch {config.batch}"
     )
 
-    def trained(
-        title: str, config: Config, attend: Attend, steps: int
-    ) -> tuple[GPT, list[float], float]:
-        with LossView(title, steps, console) as view:
-            return train(data, len(alphabet), config, attend, steps, view)
+    def trainer(config: Config, attend: Attend) -> Trainer:
+        return Trainer(data, len(alphabet), config, attend)
 
-    model, done.losses, ours = trained("attnengine", config, ae.attention, config.steps)
-    _, _, theirs = trained("SDPA", config, sdpa, config.timed)
-    title = f"context {short.context}, "
-    done.short_losses = trained(title + "attnengine", short, ae.attention, config.compared)[1]
-    done.reference_losses = trained(title + "reference", short, ae.reference, config.compared)[1]
-    done.tokens_per_s = {"attnengine": ours, "SDPA": theirs}
+    ours, theirs = trainer(config, ae.attention), trainer(config, sdpa)
+    done.losses = train(ours, "attnengine", config.steps, console)
+    done.sample = sample(ours.model, alphabet, "The statement ", 120, config.context)
+    console.print(Text("sample: " + repr(done.sample), style="dim"))
+
+    where = f"context {short.context}, "
+    fast, slow = trainer(short, ae.attention), trainer(short, ae.reference)
+    done.short_losses = train(fast, where + "attnengine", config.compared, console)
+    done.reference_losses = train(slow, where + "reference", config.compared, console)
+    done.tokens_per_s = race({"attnengine": ours, "SDPA": theirs}, config.timed)
 
     gap = max(abs(a - b) for a, b in zip(done.short_losses, done.reference_losses, strict=True))
     if not gap <= LOSS_AGREEMENT:
@@ -259,10 +282,9 @@ def run(quick: bool, console: Console) -> Training:
         f"{config.compared} steps with the reference: losses agree within {gap:.1e} "
         f"(limit {LOSS_AGREEMENT:g})"
     )
+    speed = done.tokens_per_s
     console.print(
-        f"{ours:,.0f} tokens/s with the variant; {theirs:,.0f} with SDPA's plain causal attention "
-        f"in its place ({ours / theirs:.2f}x)"
+        f"{speed['attnengine']:,.0f} tokens/s with the variant, {speed['SDPA']:,.0f} with SDPA's "
+        f"plain causal attention in its place ({speed['attnengine'] / speed['SDPA']:.2f}x)"
     )
-    done.sample = sample(model, alphabet, "The statement ", 120, config.context)
-    console.print(Text("sample: " + repr(done.sample), style="dim"))
     return done
