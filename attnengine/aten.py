@@ -35,11 +35,19 @@ Value = Node | Array
 
 
 class Unsupported(Exception):
-    """An operator that the scalar graph cannot express; ``hint`` says what to use instead."""
+    """Something that the scalar graph cannot express; ``hint`` says what to use instead.
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    ``message`` names it, or with ``stated`` is a whole sentence.
+    """
+
+    def __init__(self, message: str, hint: str = "", stated: bool = False) -> None:
         super().__init__(message)
         self.hint = hint
+        self.stated = stated
+
+    def explained(self) -> str:
+        text = f"{self}" if self.stated else f"{self} is not supported"
+        return f"{text}; {self.hint}" if self.hint else text
 
 
 class Lowering:
@@ -116,7 +124,8 @@ class Lowering:
                 if i.op == "const" and not -size <= const_value(i) < size:
                     raise Unsupported(
                         f"captured tensor of shape {shape}: index {const_value(i)} is out of range "
-                        f"for dimension {axis} of size {size}"
+                        f"for dimension {axis} of size {size}",
+                        stated=True,
                     )
             return self.graph.node("gather", index, dtype, (capture,), any(i.vec for i in index))
 
@@ -152,7 +161,7 @@ def dtype_of(meta: Any) -> str:
     name = DTYPE_NAMES.get(meta.dtype)
     if name is None:
         raise Unsupported(
-            f"dtype {meta.dtype} is not supported in a mod", "convert the captured tensor first"
+            f"dtype {meta.dtype} in a mod", "convert the captured tensor before the call"
         )
     return name
 

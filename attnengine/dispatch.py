@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from . import build, cache, library, settings
+from .aten import Unsupported
 from .capture import Captures, captures_of_spec
 from .derive import Derived, derive
 from .errors import TraceError
@@ -154,7 +155,7 @@ def pipeline(
     derived, why = None, ""
     try:
         derived = derive(traced, wanted)
-    except TraceError as e:
+    except (TraceError, Unsupported) as e:
         why = str(e)
     saved = derived.final_states if derived is not None else ()
     fkey = forward_key(traced, name, d, dv, saved)

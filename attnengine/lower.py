@@ -221,7 +221,8 @@ class FxLowering:
         dims = argument("dim", None)
         keepdim = bool(argument("keepdim", False))
         if name in ("max", "min") and (dims is not None or len(v) > 1):
-            raise Unsupported(f"aten.{name} with a dimension returns indices", f"use {op}")
+            hint = f"use {op}"
+            raise Unsupported(f"aten.{name} with a dimension returns indices", hint, stated=True)
         if op in ("any", "all"):
             x, out = self.truth(x), "bool"
         if isinstance(dims, int):
@@ -441,6 +442,7 @@ class FxLowering:
         return self.filled(node, 0, out)
 
     op_zeros_like = op_new_zeros = op_zero = op_zeros
+    op_empty = op_empty_permuted = op_empty_strided = op_new_empty_strided = op_zeros
 
     def op_ones(self, node: torch.fx.Node, v: list[Any], out: str) -> Value:
         return self.filled(node, 1, out)

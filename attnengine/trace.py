@@ -25,21 +25,46 @@ from .lower import FxLowering
 KEYS = 7  # traced length of a row of scores; no graph may depend on it
 
 
+_READS = (
+    "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__",
+    "__array__", "__contains__",
+)  # fmt: skip
+_DATA_DEPENDENT = "a branch or .item() on a tensor is data-dependent"
+
+
 class _UserLines(TorchFunctionMode):
-    """Makes ``t[0-d tensor]`` an ``aten.index`` and remembers which user line called what."""
+    """Makes ``t[0-d tensor]`` an ``aten.index``, remembers which user line called what, and stops
+    calls that would leave the graph: reading a value, changing a tensor that the mod did not make.
+    """
 
     def __init__(self, codes: set[types.CodeType]) -> None:
         super().__init__()
         self.codes = codes
         self.calls: list[tuple[str, str]] = []
+        self.made: dict[int, torch.Tensor] = {}  # by storage; held, so that none is used again
 
     def __torch_function__(
         self, func: Any, types_: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        self.calls.append((getattr(func, "__name__", str(func)), self.line()))
+        name = getattr(func, "__name__", str(func))
+        self.calls.append((name, self.line()))
+        if name in _READS:
+            raise Unsupported(_DATA_DEPENDENT, "use torch.where", stated=True)
+        target = (kwargs or {}).get("out", args[0] if args and _in_place(name) else None)
+        if isinstance(target, torch.Tensor) and _storage(target) not in self.made:
+            raise Unsupported(
+                f"{name} on an input or a captured tensor",
+                "use the out-of-place operator; inputs and captured tensors are read-only",
+            )
         if func is torch.Tensor.__getitem__:
-            return _index(*args)
-        return func(*args, **(kwargs or {}))
+            out = _index(*args)
+        else:
+            out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            given = [_storage(a) for a in args if isinstance(a, torch.Tensor)]
+            if _storage(out) not in given:
+                self.made[_storage(out)] = out
+        return out
 
     def line(self) -> str:
         frame = sys._getframe(2)
@@ -56,8 +81,27 @@ class _UserLines(TorchFunctionMode):
         return next((line for _, line in reversed(self.calls) if line), "")
 
 
+def _in_place(name: str) -> bool:
+    if name.startswith("__i"):
+        return name not in ("__invert__", "__index__", "__int__", "__init__")
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+def _storage(x: torch.Tensor) -> int:
+    try:
+        return x.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # a wrapper of torch.func has none
+        return id(x)
+
+
 def _index(tensor: torch.Tensor, item: Any) -> torch.Tensor:
     items = item if isinstance(item, tuple) else (item,)
+    for i in items:
+        if isinstance(i, slice) and any(
+            isinstance(x, torch.Tensor) for x in (i.start, i.stop, i.step)
+        ):
+            hint = "slice by Python ints, or index and compare with torch.where"
+            raise Unsupported("a slice bounded by a tensor is data-dependent", hint, stated=True)
     if not any(isinstance(i, torch.Tensor) for i in items):
         return torch.Tensor.__getitem__(tensor, item)
     if Ellipsis in [i for i in items if not isinstance(i, torch.Tensor)]:
@@ -183,9 +227,8 @@ class Tracer:
         except Unsupported as e:
             name = str(e).split(" ")[0].removeprefix("aten.").split(".")[0]
             where = lines.where(name) if lines else ""
-            hint = f"; {e.hint}" if e.hint else ""
             at = f" at {where}" if where else ""
-            raise TraceError(f"{what} {describe(fn)}{at}: {e} is not supported{hint}") from None
+            raise TraceError(f"{what} {describe(fn)}{at}: {e.explained()}") from None
 
 
 def _inline_constants(module: torch.fx.GraphModule) -> set[int]:
@@ -248,12 +291,11 @@ def _trace_error(e: Exception, fn: Callable, what: str, mode: _UserLines) -> Tra
             line = f"{tb.tb_frame.f_code.co_filename}:{tb.tb_lineno}"
         tb = tb.tb_next
     at = f" at {line or mode.where('')}"
+    if isinstance(e, Unsupported):
+        return TraceError(f"{what} {describe(fn)}{at}: {e.explained()}")
     text = str(e).split("\n")[0]
     if "_local_scalar_dense" in text or "data-dependent" in text:
-        return TraceError(
-            f"{what} {describe(fn)}{at}: a branch or .item() on a traced value is data-dependent; "
-            "use torch.where"
-        )
+        return TraceError(f"{what} {describe(fn)}{at}: {_DATA_DEPENDENT}; use torch.where")
     return TraceError(f"{what} {describe(fn)}{at}: {type(e).__name__}: {text}")
 
 
