@@ -8,11 +8,11 @@ Golden is the fp64 reference on the rounded inputs. For 16-bit inputs all of the
 (d) NaN and +-inf in the same places, in every dtype;
 (e) a row statistic within 1e-5 * max(1, |statistic|).
 
-fp32: L2 error <= ``8 (u sqrt(terms) |golden| + |noise|)``, u = 2**-24, and a row's three times
-that; fp64: ``1e-12 (|golden| + |noise| / u)``.
+fp32: L2 error <= ``8 u (sqrt(terms) |golden| + |noise|)``, u = 2**-24, and a row's three times
+that; fp64: the same form with ``1e-12 (|golden| + |noise|)``.
 
-``noise`` is what happens to the golden result when every weight, output row and term of a dot
-product gets a random relative error of u: it gives a gradient that cancels to nothing, or a score
+``noise`` is what happens to the golden result, per unit, when every weight, output row and term of
+a dot product gets a random relative error: it gives a gradient that cancels to nothing, or a score
 that a large q and k make sensitive, the scale on which it may be wrong. In a tensor that few rows
 decide, the ideal kernel can be exact by luck; there, in proportion, the average effect of random
 16-bit roundings of each weight, score gradient and output joins the ideal's error.
@@ -28,15 +28,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .noise import UNIT, Noise, noises, term_counts
+from .noise import Noise, noises, term_counts
 from .products import Precision
 from .reference import eager, evaluate, ideal
 from .spec import AttentionSpec
 
 MANTISSA = 0.7355  # rms of 1/m over log-uniform mantissas m: a rounding's size in unit roundoffs
-ULPS = 8.0
-FEW = 36.0  # when as many rows decide an error, half of its square may be luck. Of 650 random tiny
-# problems (1 to 40 keys, D from 1) a correct kernel failed 4 with 16; roundings of like rows agree
+ULPS, U32 = 8.0, 2.0**-24
+FEW = 36.0  # when as many rows decide an error, half of its square may be luck. With 16, a correct
+# kernel failed 1 of 600 random problems of 1 to 40 keys, D from 1: roundings of like rows agree
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -127,14 +127,14 @@ class _Floor:
         want, rows = _finite(golden), _rows(_finite(golden))
         loud = [_finite(n) for n in noise.loud]
         if compute == torch.float64:
-            a, b = 1e-12, 1e-12 / UNIT
+            a, b = 1e-12, 1e-12
         else:
-            a, b = ULPS * UNIT * math.sqrt(noise.count), ULPS
+            a, b = ULPS * U32 * math.sqrt(noise.count), ULPS * U32
         row_norms = rows.norm(dim=-1)
         self.total = a * want.norm().item() + b * float(_rms([n.norm() for n in loud]))
         self.rows = a * row_norms + b * _rms([_rows(n).norm(dim=-1) for n in loud])
         self.largest = b * max((n.abs().max().item() for n in loud), default=0.0)
-        terms = _rms([_rows(_finite(n)).norm(dim=-1) for n in noise.terms]) / UNIT
+        terms = _rms([_rows(_finite(n)).norm(dim=-1) for n in noise.terms])
         self.scale = torch.maximum(row_norms, math.sqrt(3) * terms.expand_as(row_norms))
         self.scale = self.scale.clamp(min=1e-300)
 
@@ -146,7 +146,7 @@ def _luck(
     u = torch.finfo(compute).eps / 2
     ulp = torch.ldexp(torch.ones_like(want), torch.frexp(_finite(want))[1] - 1)
     ulp = ulp * torch.finfo(stored).eps
-    draws = [_finite(n) * (MANTISSA * u / UNIT) for n in noise.terms]
+    draws = [_finite(n) * (MANTISSA * u) for n in noise.terms]
     rows = _rms([_rows(e).norm(dim=-1) for e in draws]).square() + _rows(ulp).square().sum(-1) / 12
     many = (rows.sum().square() / rows.square().sum().clamp(min=1e-300)).item()
     share = math.sqrt(FEW / max(many, 1.0))
@@ -278,8 +278,8 @@ class Expectation:
         self.grads, self.stats = grads, list(stats)
         generator = torch.Generator().manual_seed(seed)
         shapes = [(*q.shape[:3], v.shape[3]), *[q.shape[:3] for _ in self.stats]]
-        draws = [torch.randn(shape, generator=generator) for shape in shapes]
-        self.cotangents = [x.to(q.device, q.dtype) for x in draws]
+        random = [torch.randn(shape, generator=generator) for shape in shapes]
+        self.cotangents = [x.to(q.device, q.dtype) for x in random]
 
         wide, upcast = _leaves((q, k, v), grads, torch.float64), q.dtype != torch.float64
         with torch.set_grad_enabled(grads):
@@ -293,18 +293,18 @@ class Expectation:
         half, pairs = q.dtype in HALF, q.shape[:3].numel() * k.shape[2]
         few = q.shape[:3].numel() <= 512 or bool(self.captures)  # luck needs a fair average
         draws = 8 if pairs <= 2**16 else 4 if few else 1
-        kinds = (draws, min(draws, 2)) if half else (0, draws)
+        terms, loud = (draws, min(draws, 2)) if half else (0, draws)
         counts = term_counts(q, k, list(self.captures.values()))
-        self.noises = noises(evaluated, self.golden, counts, *kinds, upcast)
+        self.noise = noises(evaluated, self.golden, counts, terms, loud, upcast)
         self.ideal: list[Any] = [None] * len(self.golden)
         self.eager, self.near = self.ideal, dict[str, Tensor]()
         if half:
             leaves = _leaves((q, k, v), grads)
             with torch.set_grad_enabled(grads):
                 out, self.near = ideal(*leaves, spec, mma_dtype, return_aux=True)
-                dense, saved = eager(*leaves, spec, return_aux=True)
+                dense, dense_saved = eager(*leaves, spec, return_aux=True)
             self.ideal = self.results(out, self.near, leaves)
-            self.eager = self.results(dense, saved, leaves)
+            self.eager = self.results(dense, dense_saved, leaves)
 
     def results(
         self, out: Tensor, stats: Mapping[str, Tensor], leaves: tuple[Tensor, ...]
@@ -335,7 +335,7 @@ class Expectation:
         reports = []
         for i, actual in enumerate(self.results(out, stats, leaves)):
             given = (self.golden[i], self.ideal[i], self.eager[i])
-            noise, name = self.noises[i], labels[i]
+            noise, name = self.noise[i], labels[i]
             reports.append(check(actual, *given, name=name, compute=compute, noise=noise))
         for n, x in stats.items():
             if n not in self.saved:

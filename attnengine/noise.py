@@ -10,12 +10,13 @@ from torch import Tensor
 
 from .products import Precision
 
-UNIT = 2.0**-24  # relative size of the injected errors: fp32's unit roundoff
+UNIT = 2.0**-14  # relative size of the injected errors: small enough to be of first order, large
+# enough to show in the gradient of a captured fp32 tensor
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Random errors of one tensor, for relative errors of UNIT: ``terms`` in every weight, score
+    """Random errors of one tensor, per unit of relative error: ``terms`` in every weight, score
     gradient and output row; ``loud`` in every term of a dot product too, so that it grows with the
     scores (exp turns their absolute error into a relative one). ``count``: how many terms one
     element sums."""
@@ -40,7 +41,7 @@ def noises(
         precision = Precision(
             torch.float64, upcast=upcast, unit=UNIT, loud=is_loud, random=generator
         )
-        return [x - y for x, y in zip(evaluate(precision), golden, strict=True)]
+        return [(x - y) / UNIT for x, y in zip(evaluate(precision), golden, strict=True)]
 
     quiet = [draw(False) for _ in range(terms)]
     noisy = [draw(True) for _ in range(loud)]

@@ -39,9 +39,10 @@ class SoftmaxSink(Softmax):
 
     def finalize(self, out: Tensor, state: State) -> tuple[Tensor, State]:
         top = torch.maximum(state["m"], state["sink"].detach())
-        top = torch.where(top == -math.inf, 0.0, top)  # neither a key nor a sink: lse = log 0
-        alpha = torch.exp(state["m"] - top)
-        r = state["r"] * alpha + torch.exp(state["sink"] - top)
+        none = top == -math.inf  # neither a key nor a sink: lse is -inf, and no gradient is 0 / 0
+        shift = torch.where(none, 0.0, top)
+        alpha = torch.exp(state["m"] - shift)
+        r = torch.where(none, 1.0, state["r"] * alpha + torch.exp(state["sink"] - shift))
         saved = {"lse": top + torch.log(r)}
         if self.max_scores:
             saved["max_scores"] = state["m"].detach()

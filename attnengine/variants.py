@@ -262,12 +262,12 @@ def _positive(name: str, value: Any) -> float:
 
 
 def _tensor(name: str, x: Any, dims: tuple, shape: str, floating: bool = True) -> Tensor:
-    kind = "floating" if floating else "integer"
+    kind = "a floating" if floating else "an integer"
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}={x!r}: expected a tensor {shape}")
     integral = not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
     if not (x.is_floating_point() if floating else integral):
-        raise TypeError(f"{name} has dtype {x.dtype}: expected a {kind} tensor")
+        raise TypeError(f"{name} has dtype {x.dtype}: expected {kind} tensor")
     if x.dim() not in dims:
         raise ValueError(f"{name} has shape {tuple(x.shape)}: expected {shape}")
     return x
