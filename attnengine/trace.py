@@ -37,9 +37,10 @@ class _UserLines(TorchFunctionMode):
     calls that would leave the graph: reading a value, changing a tensor that the mod did not make.
     """
 
-    def __init__(self, codes: set[types.CodeType]) -> None:
+    def __init__(self, codes: set[types.CodeType], guard: bool) -> None:
         super().__init__()
         self.codes = codes
+        self.guard = guard  # torch.func's own calls are trusted
         self.calls: list[tuple[str, str]] = []
         self.made: dict[int, torch.Tensor] = {}  # by storage; held, so that none is used again
 
@@ -48,23 +49,27 @@ class _UserLines(TorchFunctionMode):
     ) -> Any:
         name = getattr(func, "__name__", str(func))
         self.calls.append((name, self.line()))
+        if self.guard:
+            self.check(name, args, kwargs or {})
+        if func is torch.Tensor.__getitem__:
+            out = _index(*args)
+        else:
+            out = func(*args, **(kwargs or {}))
+        if self.guard and isinstance(out, torch.Tensor):
+            given = [_storage(a) for a in args if isinstance(a, torch.Tensor)]
+            if _storage(out) not in given:
+                self.made[_storage(out)] = out
+        return out
+
+    def check(self, name: str, args: tuple, kwargs: dict) -> None:
         if name in _READS:
             raise Unsupported(_DATA_DEPENDENT, "use torch.where", stated=True)
-        target = (kwargs or {}).get("out", args[0] if args and _in_place(name) else None)
+        target = kwargs.get("out", args[0] if args and _in_place(name) else None)
         if isinstance(target, torch.Tensor) and _storage(target) not in self.made:
             raise Unsupported(
                 f"{name} on an input or a captured tensor",
                 "use the out-of-place operator; inputs and captured tensors are read-only",
             )
-        if func is torch.Tensor.__getitem__:
-            out = _index(*args)
-        else:
-            out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor):
-            given = [_storage(a) for a in args if isinstance(a, torch.Tensor)]
-            if _storage(out) not in given:
-                self.made[_storage(out)] = out
-        return out
 
     def line(self) -> str:
         frame = sys._getframe(2)
@@ -88,10 +93,7 @@ def _in_place(name: str) -> bool:
 
 
 def _storage(x: torch.Tensor) -> int:
-    try:
-        return x.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # a wrapper of torch.func has none
-        return id(x)
+    return x.untyped_storage()._cdata
 
 
 def _index(tensor: torch.Tensor, item: Any) -> torch.Tensor:
@@ -201,7 +203,7 @@ class Tracer:
         keys: int | None = None,
     ) -> Any:
         """Trace ``fn`` on arguments (name, graph value, example); returns its lowered result."""
-        module, lines = trace_fx(fn, [a[2] for a in arguments], what)
+        module, lines = trace_fx(fn, [a[2] for a in arguments], what, guard=True)
         low = Lowering(self.graph, keys)
         fresh = _inline_constants(module)
 
@@ -262,11 +264,11 @@ def _decompositions() -> Mapping:
 
 
 def trace_fx(
-    fn: Callable, examples: Sequence[torch.Tensor], what: str
+    fn: Callable, examples: Sequence[torch.Tensor], what: str, guard: bool = False
 ) -> tuple[torch.fx.GraphModule, _UserLines]:
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    mode = _UserLines(_codes(fn))
+    mode = _UserLines(_codes(fn), guard)
 
     def call(*args: torch.Tensor) -> Any:
         with mode:
