@@ -380,29 +380,32 @@ POSITIVE = ["log", "log2", "log10", "log1p", "sqrt", "rsqrt", "reciprocal", "x *
 UNIT = ["asin", "acos", "atanh", "tan", "logit"]
 
 
+def differentiable(name: str, x: Tensor, y: Tensor) -> Tensor:
+    """An operator within its domain: another head's NaN times 0 would be NaN."""
+    if name not in SMOOTH:
+        x = 0.1 + 0.8 * (x * x) / (1 + x * x)
+    return FLOAT[name](x, y)
+
+
 @pytest.fixture(scope="module")
 def gradients() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the captured x and y through the kernel, and by autograd: [case, row, key]."""
     names = [*SMOOTH, *POSITIVE, *UNIT]
     n, g = len(names), drawn(11)
-    x = torch.randn(n, ROWS, KEYS, generator=g, dtype=torch.float64)
-    y = torch.randn(n, ROWS, KEYS, generator=g, dtype=torch.float64)
-    x[len(SMOOTH) :] = x[len(SMOOTH) :].abs() + 0.1
-    x[-len(UNIT) :] = x[-len(UNIT) :].clamp(0.1, 0.9)
-    x.requires_grad_()
-    y.requires_grad_()
+    x = torch.randn(n, ROWS, KEYS, generator=g, dtype=torch.float64).requires_grad_()
+    y = torch.randn(n, ROWS, KEYS, generator=g, dtype=torch.float64).requires_grad_()
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         out, ex, ey = score, x[h, q, k], y[h, q, k]
         for i, name in enumerate(names):
-            out = torch.where(h == i, FLOAT[name](ex, ey), out)
+            out = torch.where(h == i, differentiable(name, ex, ey), out)
         return out
 
     spec = ae.AttentionSpec(score_mod=score_mod, row_func=ae.Identity())
     q = torch.zeros(1, n, ROWS, 1, dtype=torch.float64)
     k, v = torch.zeros(1, 1, KEYS, 1).double(), torch.eye(KEYS).double()[None, None]
     out = ae.attention(q, k, v, spec)[0]
-    want = torch.stack([FLOAT[name](x[i], y[i]) for i, name in enumerate(names)])
+    want = torch.stack([differentiable(name, x[i], y[i]) for i, name in enumerate(names)])
     torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
     cotangent = torch.randn(out.shape, generator=g, dtype=torch.float64)
     got_x, got_y = torch.autograd.grad(out, (x, y), cotangent)
