@@ -9,6 +9,10 @@ from .gpt import Training
 from .race import Result
 
 
+# SDPA gets a dense mask where it can express the variant, else it runs plain causal attention.
+LEGEND = {"SDPA": "SDPA (dense mask or plain causal)"}
+
+
 def draw(path: Path, results: Sequence[Result], training: Training) -> None:
     """Write a PNG to `path`: forward and forward+backward bars beside the training curves."""
     import matplotlib
@@ -26,7 +30,7 @@ def draw(path: Path, results: Sequence[Result], training: Training) -> None:
             places = [row + (i - 1) * 0.27 for row, time in enumerate(times) if time is not None]
             if places:
                 heights = [time for time in times if time is not None]
-                bars = axis.bar(places, heights, 0.25, label=name, color=f"C{i}")
+                bars = axis.bar(places, heights, 0.25, label=LEGEND.get(name, name), color=f"C{i}")
                 axis.bar_label(bars, fmt="%.0f", fontsize=8)
         axis.margins(y=0.2)  # room for the legend
         labels = [result.name.replace(", ", ",\n").replace(" (", "\n(") for result in results]
