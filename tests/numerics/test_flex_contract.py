@@ -1,0 +1,532 @@
+"""flex_attention against torch's own: the same answers, the same refusals, and a CPU backward.
+
+Truth is torch's eager ``flex_attention`` where it computes the same thing, and the dense formula
+from the block lists where eager torch ignores them (its compiled kernels obey them, as ours do).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import flex_attention as flex
+
+import attnengine as ae
+
+pytestmark = [
+    pytest.mark.compiles,
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
+]
+D, BLOCK = 16, 32
+SLOPES = torch.tensor([0.5, -0.25, 0.125, 1.0])
+
+
+def operands(
+    B: int = 2,
+    Hq: int = 4,
+    Hkv: int = 4,
+    L: int = 70,
+    S: int = 70,
+    Dv: int = D,
+    dtype: torch.dtype = torch.float32,
+    grad: bool = False,
+    seed: int = 0,
+    Bkv: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randn(B, Hq, L, D, generator=g).to(dtype)
+    k = torch.randn(Bkv or B, Hkv, S, D, generator=g).to(dtype)
+    v = torch.randn(Bkv or B, Hkv, S, Dv, generator=g).to(dtype)
+    return tuple(x.requires_grad_(grad) for x in (q, k, v))  # type: ignore[return-value]
+
+
+def causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    return q_idx >= kv_idx
+
+
+def alibi(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    return score + SLOPES[h] * (kv_idx - q_idx)
+
+
+def masked(mask: Callable, L: int = 70, S: int = 70, **kwargs: Any) -> Any:
+    sizes = {"B": None, "H": None, "BLOCK_SIZE": BLOCK} | kwargs
+    return flex.create_block_mask(mask, Q_LEN=L, KV_LEN=S, device="cpu", **sizes)
+
+
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, live: Tensor, score_mod: Callable | None = None
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of live pairs [B|1, H|1, L, S]; rows without any give 0 and -inf."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.expand(q.shape[0], *x.shape[1:]).repeat_interleave(group, 1) for x in (k, v))
+    s = q.double() @ k.double().mT / math.sqrt(q.shape[3])
+    if score_mod is not None:
+        b, h, i, j = torch.meshgrid(*[torch.arange(n) for n in s.shape], indexing="ij")
+        s = score_mod(s, b, h, i, j)
+    s = s.masked_fill(~live, -math.inf)
+    lse = s.logsumexp(-1)
+    w = torch.exp(s - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
+    return w @ v.double(), lse
+
+
+def from_lists(mask: Any) -> Tensor:
+    """Live pairs as compiled kernels see them: full blocks, and partial ones under mask_mod."""
+    L, S = mask.seq_lengths
+    B, H = mask.kv_num_blocks.shape[:2]
+    live = torch.zeros(B, H, L, S, dtype=torch.bool)
+    inner = flex.create_mask(mask.mask_mod, B, H, L, S, device="cpu")
+    qb, kb = mask.BLOCK_SIZE
+    lists = [(mask.kv_num_blocks, mask.kv_indices, inner)]
+    if mask.full_kv_num_blocks is not None:
+        everything = torch.ones_like(inner)
+        lists.append((mask.full_kv_num_blocks, mask.full_kv_indices, everything))
+    for counts, indices, allowed in lists:
+        for at in torch.cartesian_prod(*[torch.arange(n) for n in counts.shape]).tolist():
+            b, h, r = at
+            for c in indices[b, h, r, : int(counts[b, h, r])].tolist():
+                block = (b, h, slice(r * qb, (r + 1) * qb), slice(c * kb, (c + 1) * kb))
+                live[block] |= allowed[block]
+    return live
+
+
+def near(got: Tensor, want: Tensor, tol: float = 2e-5) -> None:
+    torch.testing.assert_close(got.double(), want.double(), rtol=tol, atol=tol)
+
+
+# -- forms of the callables ------------------------------------------------------------------------
+
+
+class Alibi:
+    def __init__(self, slopes: Tensor) -> None:
+        self.slopes = slopes
+
+    def __call__(
+        self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor
+    ) -> Tensor:
+        return score + self.slopes[h] * (kv_idx - q_idx)
+
+    def method(self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return self(score, b, h, q_idx, kv_idx)
+
+
+def with_slopes(
+    slopes: Tensor, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor
+) -> Tensor:
+    return score + slopes[h] * (kv_idx - q_idx)
+
+
+def with_default(
+    score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor, sign: int = 1
+) -> Tensor:
+    return score + SLOPES[h] * (kv_idx - q_idx)
+
+
+FORMS: dict[str, Callable] = {
+    "function": alibi,
+    "lambda": lambda s, b, h, q, k: s + SLOPES[h] * (k - q),
+    "partial": functools.partial(with_slopes, SLOPES),
+    "default argument": with_default,
+    "callable object": Alibi(SLOPES),
+    "bound method": Alibi(SLOPES).method,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_score_mod(form: str) -> None:
+    q, k, v = operands()
+    want = flex.flex_attention(q, k, v, alibi)
+    near(ae.flex_attention(q, k, v, FORMS[form]), want)
+
+
+def test_plain_attention_with_nothing() -> None:
+    q, k, v = operands(L=33, S=70)
+    near(ae.flex_attention(q, k, v), flex.flex_attention(q, k, v))
+
+
+@pytest.mark.parametrize("scale", [None, 0.5, 1.0, -0.3])
+def test_scale_comes_before_score_mod(scale: float | None) -> None:
+    q, k, v = operands()
+    near(
+        ae.flex_attention(q, k, v, alibi, scale=scale),
+        flex.flex_attention(q, k, v, alibi, scale=scale),
+    )
+
+
+def test_score_mod_that_masks() -> None:
+    def mod(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return torch.where((q >= k) & (q != 5), s, -math.inf)
+
+    q, k, v = operands()
+    want, want_aux = flex.flex_attention(q, k, v, mod, return_aux=flex.AuxRequest(lse=True))
+    out, aux = ae.flex_attention(q, k, v, mod, return_aux=ae.AuxRequest(lse=True))
+    near(out, want)
+    near(aux.lse, want_aux.lse)
+    assert not out[:, :, 5].any() and bool((aux.lse[:, :, 5] == -math.inf).all())
+
+
+def test_poison_at_masked_pairs_reaches_nothing() -> None:
+    table = torch.randn(70)
+
+    def mod(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return s / (q >= k) + table[q - k]  # infinite, and beyond the table, where q < k
+
+    mask = masked(causal)
+    q, k, v = operands(grad=True)
+    clean = ae.flex_attention(
+        q, k, v, lambda s, b, h, q, k: s + table[(q - k).clamp(min=0)], block_mask=mask
+    )
+    out = ae.flex_attention(q, k, v, mod, block_mask=mask)
+    near(out, clean)
+    grads = [torch.autograd.grad(o.square().sum(), (q, k, v)) for o in (out, clean)]
+    for a, b in zip(*grads, strict=True):
+        near(a, b, 1e-4)
+
+
+# -- block masks -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_block_mask_of_create_block_mask(separate: bool) -> None:
+    mask = masked(causal, separate_full_blocks=separate)
+    assert (mask.full_kv_num_blocks is not None) == separate
+    q, k, v = operands()
+    near(ae.flex_attention(q, k, v, block_mask=mask), flex.flex_attention(q, k, v, block_mask=mask))
+
+
+@pytest.mark.parametrize("block", [32, (32, 64), (128, 16)])
+@pytest.mark.parametrize(("L", "S"), [(70, 70), (1, 130), (130, 40)])
+def test_block_sizes_and_ragged_lengths(block: Any, L: int, S: int) -> None:
+    mask = masked(causal, L, S, BLOCK_SIZE=block)
+    q, k, v = operands(B=1, Hq=2, Hkv=2, L=L, S=S)
+    near(ae.flex_attention(q, k, v, block_mask=mask), flex.flex_attention(q, k, v, block_mask=mask))
+
+
+def test_masks_per_batch_and_head() -> None:
+    ids = torch.arange(2 * 70).view(2, 70) // 23
+
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (ids[b, q] == ids[b, k]) | (q - k == h)
+
+    q, k, v = operands()
+    for sizes in ({"B": 2, "H": 4}, {"B": 2, "H": 4, "separate_full_blocks": False}):
+        mask = masked(mask_mod, **sizes)
+        want = flex.flex_attention(q, k, v, block_mask=mask)
+        near(ae.flex_attention(q, k, v, block_mask=mask), want)
+
+
+@pytest.mark.parametrize("B", [1, 3])
+def test_mask_broadcast_over_batch(B: int) -> None:
+    mask = masked(lambda b, h, q, k: (q + h) >= k, H=4)
+    q, k, v = operands(B=B)
+    near(ae.flex_attention(q, k, v, block_mask=mask), flex.flex_attention(q, k, v, block_mask=mask))
+
+
+def lists(counts: list[int], indices: list[list[int]]) -> tuple[Tensor, Tensor]:
+    return (
+        torch.tensor(counts, dtype=torch.int32)[None, None],
+        torch.tensor(indices, dtype=torch.int32)[None, None],
+    )
+
+
+def built(
+    partial: tuple[list[int], list[list[int]]],
+    full: tuple[list[int], list[list[int]]] | None,
+    mask_mod: Callable | None,
+    lengths: tuple[int, int] = (70, 70),
+) -> Any:
+    return flex.BlockMask.from_kv_blocks(
+        *lists(*partial),
+        *(lists(*full) if full else (None, None)),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=mask_mod,
+        seq_lengths=lengths,
+        compute_q_blocks=False,
+    )
+
+
+# Entries past the count are undefined; here they name blocks that must stay dead.
+LISTED: dict[str, tuple[Any, Any, Callable | None]] = {
+    "strict subset of the mask": (([1, 2, 1], [[0, 2, 1], [0, 1, 2], [2, 0, 1]]), None, causal),
+    "full blocks that the mask would cut": (
+        ([1, 1, 0], [[0, 1, 2], [1, 0, 2], [0, 1, 2]]),
+        ([1, 1, 2], [[2, 0, 1], [2, 1, 0], [0, 2, 1]]),
+        causal,
+    ),
+    "no mask_mod": (([1, 3, 2], [[1, 0, 0], [2, 1, 0], [0, 1, 2]]), None, None),
+    "an empty row of blocks": (([1, 0, 1], [[0, 1, 2], [0, 1, 2], [2, 1, 0]]), None, causal),
+}
+
+
+@pytest.mark.parametrize("case", LISTED)
+@pytest.mark.parametrize("heads", [4, 2])
+def test_block_lists_are_obeyed(case: str, heads: int) -> None:
+    mask = built(*LISTED[case])
+    live = from_lists(mask)
+    q, k, v = operands(Hkv=heads, grad=True)
+    out, aux = ae.flex_attention(
+        q, k, v, block_mask=mask, enable_gqa=heads != 4, return_aux=ae.AuxRequest(lse=True)
+    )
+    want, lse = dense_attention(q, k, v, live)
+    near(out, want)
+    near(aux.lse, lse)
+    assert not out[(~live.any(-1)).expand(out.shape[:3])].any()
+    g = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    got = torch.autograd.grad(out, (q, k, v), g)
+    expected = torch.autograd.grad(want, (q, k, v), g.double())
+    for a, b in zip(got, expected, strict=True):
+        near(a, b, 1e-4)
+
+
+def test_eager_torch_differs_where_lists_and_mask_disagree() -> None:
+    """The reason why truth above is not eager torch."""
+    mask = built(*LISTED["strict subset of the mask"])
+    q, k, v = operands()
+    eager = flex.flex_attention(q, k, v, block_mask=mask)
+    assert (ae.flex_attention(q, k, v, block_mask=mask) - eager).abs().max() > 0.1
+
+
+def test_changed_lists_are_seen() -> None:
+    mask = built(*LISTED["strict subset of the mask"])
+    q, k, v = operands()
+    ae.flex_attention(q, k, v, block_mask=mask)
+    mask.kv_num_blocks[0, 0, 0] = 0
+    near(ae.flex_attention(q, k, v, block_mask=mask), dense_attention(q, k, v, from_lists(mask))[0])
+
+
+def test_cropped_and_sliced_masks() -> None:
+    whole = masked(causal, 128, 128)
+    cropped = whole._adjust(70, 70)
+    q, k, v = operands()
+    near(
+        ae.flex_attention(q, k, v, block_mask=cropped),
+        flex.flex_attention(q, k, v, block_mask=masked(causal)),
+    )
+    by_batch = masked(causal, B=2, H=4)
+    one = by_batch[:1]
+    one.mask_mod = causal
+    near(
+        ae.flex_attention(q[:1], k[:1], v[:1], block_mask=one),
+        flex.flex_attention(q[:1], k[:1], v[:1], block_mask=masked(causal)),
+    )
+
+
+def test_sliced_mask_without_its_mask_mod() -> None:
+    sliced = masked(causal, B=2)[:1]
+    q, k, v = operands(B=1)
+    with pytest.raises(ValueError, match="mask_mod"):
+        ae.flex_attention(q, k, v, block_mask=sliced)
+
+
+def test_no_mask_of_torch() -> None:
+    q, k, v = operands(L=33)
+    none = flex._create_empty_block_mask(q, k)
+    near(ae.flex_attention(q, k, v, block_mask=none), flex.flex_attention(q, k, v))
+
+
+def test_noop_mask() -> None:
+    q, k, v = operands(L=33)
+    mask = masked(flex.noop_mask, 33, 70)
+    near(ae.flex_attention(q, k, v, block_mask=mask), flex.flex_attention(q, k, v))
+
+
+def test_combined_masks() -> None:
+    window = flex.and_masks(causal, lambda b, h, q, k: q - k < 20)
+    mask = masked(flex.or_masks(window, lambda b, h, q, k: k < 5))
+    q, k, v = operands()
+    near(ae.flex_attention(q, k, v, block_mask=mask), flex.flex_attention(q, k, v, block_mask=mask))
+
+
+# -- heads, aux outputs, layouts -------------------------------------------------------------------
+
+
+def test_grouped_query_attention() -> None:
+    q, k, v = operands(Hkv=2)
+    near(
+        ae.flex_attention(q, k, v, alibi, masked(causal), enable_gqa=True),
+        flex.flex_attention(q, k, v, alibi, masked(causal), enable_gqa=True),
+    )
+
+
+def test_keys_shared_by_the_batch() -> None:
+    q, k, v = operands(B=2, Bkv=1)
+    mask = masked(causal, B=2)
+    want = flex.flex_attention(q, k.expand(2, -1, -1, -1), v.expand(2, -1, -1, -1), block_mask=mask)
+    near(ae.flex_attention(q, k, v, block_mask=mask), want)
+
+
+def top_scores(q: Tensor, k: Tensor, live: Tensor) -> Tensor:
+    """The largest final score of each row under ``alibi``."""
+    s = q.double() @ k.double().mT / math.sqrt(D)
+    b, h, i, j = torch.meshgrid(*[torch.arange(n) for n in s.shape], indexing="ij")
+    return alibi(s, b, h, i, j).masked_fill(~live, -math.inf).amax(-1)
+
+
+@pytest.mark.parametrize("lse", [False, True])
+@pytest.mark.parametrize("max_scores", [False, True])
+def test_return_aux(lse: bool, max_scores: bool) -> None:
+    q, k, v = operands()
+    mask = masked(lambda b, h, q, k: (q >= k) & (q != 3))
+    want, want_aux = flex.flex_attention(q, k, v, alibi, mask, return_aux=flex.AuxRequest(lse=lse))
+    if max_scores:  # torch refuses it on the CPU
+        live = torch.ones(70, 70, dtype=torch.bool).tril()
+        live[3] = False
+        want_aux = want_aux._replace(max_scores=top_scores(q, k, live).float())
+    for request in (flex.AuxRequest, ae.AuxRequest):
+        asked = request(lse=lse, max_scores=max_scores)
+        out, aux = ae.flex_attention(q, k, v, alibi, mask, return_aux=asked)
+        near(out, want)
+        for got, expected in ((aux.lse, want_aux.lse), (aux.max_scores, want_aux.max_scores)):
+            assert (got is None) == (expected is None)
+            if got is not None:
+                assert got.shape == (2, 4, 70) and got.dtype == expected.dtype == torch.float32
+                near(got, expected)
+
+
+def test_return_lse_is_deprecated() -> None:
+    q, k, v = operands()
+    with pytest.warns(FutureWarning, match="return_aux"):
+        out, lse = ae.flex_attention(q, k, v, alibi, return_lse=True)
+    _, aux = ae.flex_attention(q, k, v, alibi, return_aux=ae.AuxRequest(lse=True))
+    assert torch.equal(lse, aux.lse)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ae.flex_attention(q, k, v, alibi)
+
+
+def test_both_ways_of_asking_for_lse() -> None:
+    q, k, v = operands()
+    with pytest.raises(ValueError, match="return_lse and return_aux"):
+        ae.flex_attention(q, k, v, return_lse=True, return_aux=ae.AuxRequest(lse=True))
+
+
+def test_kernel_options_are_accepted() -> None:
+    q, k, v = operands()
+    options = {"BLOCK_M": 64, "num_warps": 4, "PRESCALE_QK": True, "BACKEND": "AUTO"}
+    want = ae.flex_attention(q, k, v, alibi)
+    assert torch.equal(ae.flex_attention(q, k, v, alibi, kernel_options=options), want)
+    with pytest.raises(TypeError, match="kernel_options"):
+        ae.flex_attention(q, k, v, kernel_options=64)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3)])
+def test_output_follows_the_strides_of_q(order: tuple[int, ...]) -> None:
+    q, k, v = operands(L=33, S=33)
+    inverse = [order.index(i) for i in range(4)]
+    laid = q.permute(order).contiguous().permute(inverse)
+    out = ae.flex_attention(laid, k, v)
+    want = flex.flex_attention(laid, k, v)
+    near(out, want)
+    assert out.stride() == want.stride()
+
+
+def test_value_dim_differs() -> None:
+    q, k, v = operands(Dv=24, L=33)
+    near(ae.flex_attention(q, k, v), flex.flex_attention(q, k, v))
+
+
+def test_double_precision() -> None:
+    q, k, v = operands(dtype=torch.float64)
+    want, want_aux = flex.flex_attention(
+        q, k, v, alibi, masked(causal), return_aux=flex.AuxRequest(lse=True)
+    )
+    out, aux = ae.flex_attention(
+        q, k, v, alibi, masked(causal), return_aux=ae.AuxRequest(lse=True, max_scores=True)
+    )
+    near(out, want, 1e-12)
+    assert aux.lse.dtype == aux.max_scores.dtype == torch.float64
+    near(aux.lse, want_aux.lse, 1e-12)
+    live = torch.ones(70, 70, dtype=torch.bool).tril()
+    near(aux.max_scores, top_scores(q, k, live), 1e-12)
+
+
+def test_bfloat16() -> None:
+    q, k, v = operands(dtype=torch.bfloat16)
+    out = ae.flex_attention(q, k, v, alibi, masked(causal))
+    want = flex.flex_attention(q.float(), k.float(), v.float(), alibi, masked(causal))
+    assert out.dtype == torch.bfloat16
+    near(out, want, 2e-2)
+
+
+# -- gradients, which torch's own flex_attention refuses on the CPU --------------------------------
+
+
+def test_gradients_with_captures_and_statistics() -> None:
+    slopes = SLOPES.clone().requires_grad_()
+    table = torch.randn(4, 8, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    gain = torch.tensor(1.5, requires_grad=True)
+
+    def mod(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        bias = table[h, (q - k).abs() % 8] + table[h, k % 8] * table[h, 0]
+        return gain * s + slopes[h] * (k - q) / 16 + bias
+
+    q, k, v = operands(Hkv=2, grad=True)
+    out, aux = ae.flex_attention(
+        q, k, v, mod, masked(causal), enable_gqa=True, return_aux=ae.AuxRequest(lse=True)
+    )
+    live = torch.ones(70, 70, dtype=torch.bool).tril()[None, None]
+    want, lse = dense_attention(q, k, v, live, mod)
+    near(out, want)
+    g = torch.Generator().manual_seed(5)
+    dout, dlse = torch.randn(out.shape, generator=g), torch.randn(lse.shape, generator=g)
+    leaves = (q, k, v, slopes, table, gain)
+    got = torch.autograd.grad((out, aux.lse), leaves, (dout, dlse))
+    expected = torch.autograd.grad((want, lse), leaves, (dout.double(), dlse.double()))
+    for name, a, b in zip(("q", "k", "v", "slopes", "table", "gain"), got, expected, strict=True):
+        assert a.dtype == torch.float32, name
+        near(a / b.abs().max(), b / b.abs().max(), 1e-5)
+
+
+def test_max_scores_has_no_gradient() -> None:
+    q, k, v = operands(grad=True)
+    _, aux = ae.flex_attention(q, k, v, return_aux=ae.AuxRequest(lse=True, max_scores=True))
+    assert aux.lse.requires_grad and not aux.max_scores.requires_grad
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+def test_mismatched_lengths() -> None:
+    q, k, v = operands(L=64)
+    with pytest.raises(ValueError, match=r"\(70, 70\).*\(64, 70\).*create_block_mask"):
+        ae.flex_attention(q, k, v, block_mask=masked(causal))
+
+
+@pytest.mark.parametrize(("sizes", "text"), [({"B": 3}, "batch 3"), ({"H": 2}, "heads 2")])
+def test_mask_of_other_batch_or_heads(sizes: dict[str, int], text: str) -> None:
+    q, k, v = operands()
+    with pytest.raises(ValueError, match=f"block_mask has {text}, expected 1 or"):
+        ae.flex_attention(q, k, v, block_mask=masked(causal, **sizes))
+
+
+def test_heads_without_enable_gqa() -> None:
+    q, k, v = operands(Hkv=2)
+    with pytest.raises(ValueError, match="4 heads.*2; pass enable_gqa=True"):
+        ae.flex_attention(q, k, v)
+    q, k, v = operands(Hkv=3)
+    with pytest.raises(ValueError, match="4 heads.*not a multiple of the 3"):
+        ae.flex_attention(q, k, v, enable_gqa=True)
+
+
+def test_keys_of_batch_one_without_a_block_mask() -> None:
+    q, k, v = operands(Bkv=1)
+    with pytest.raises(ValueError, match="batch 2 and key has 1"):
+        ae.flex_attention(q, k, v)
+
+
+@pytest.mark.parametrize("mask", [causal, torch.ones(70, 70, dtype=torch.bool), 5])
+def test_not_a_block_mask(mask: Any) -> None:
+    q, k, v = operands()
+    with pytest.raises(TypeError, match="block_mask must be a torch BlockMask"):
+        ae.flex_attention(q, k, v, block_mask=mask)
+
+
+def test_score_mod_of_wrong_arity() -> None:
+    q, k, v = operands()
+    with pytest.raises(TypeError, match="score_mod takes 5 positional arguments"):
+        ae.flex_attention(q, k, v, causal)
