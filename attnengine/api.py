@@ -70,6 +70,7 @@ def attention(
     if (
         handle is not None
         and return_aux is None
+        and handle.q_factor == 1.0
         and not _is_compiling()
         and not (handle.frozen and handle.thawed())
     ):
@@ -103,7 +104,7 @@ def _traced_call(q: Any, k: Any, v: Any, spec: AttentionSpec, return_aux: Any) -
             "attnengine.attention inside torch.compile needs a prepared kernel: call "
             "attn = attnengine.compile(spec, q, k, v) outside and attn(q, k, v) inside"
         )
-    return handle(q, k, v, return_aux=return_aux)
+    return handle(q, k, v, return_aux=return_aux or None)
 
 
 def _handle(q: Any, k: Any, v: Any, spec: AttentionSpec, isa: str | None = None) -> Handle:
@@ -219,7 +220,8 @@ def flex_attention(
             stacklevel=2,
         )
     if not (lse or top):
-        return attention(query, key, value, spec)
+        out = attention(query, key, value, spec)
+        return out if return_aux is None else (out, AuxOutput())
     out, aux = attention(query, key, value, spec, return_aux=True)
     if return_lse:
         return out, aux["lse"]

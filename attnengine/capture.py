@@ -8,6 +8,7 @@ the captured tensors are rebound.
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class _Walk:
         self.tensors: list[torch.Tensor] = []
         self.positions: dict[int, int] = {}
         self.functions: dict[int, int] = {}
+        self.spaces: dict[int, int] = {}  # modules and classes
         self.opaque = False
 
     def tensor(self, t: torch.Tensor) -> tuple:
@@ -87,11 +89,12 @@ class _Walk:
             return ("name", f.__module__, f.__qualname__)
         self.functions[id(f)] = len(self.functions)
         code = f.__code__
+        names = _names(code)
         out: list[Any] = [code]
         if f.__closure__:
             for cell in f.__closure__:
                 try:
-                    out.append(self.value(cell.cell_contents))
+                    out.append(self.named(cell.cell_contents, names))
                 except ValueError:  # an empty cell: a name that is not bound yet
                     out.append(None)
         if f.__defaults__:
@@ -99,12 +102,24 @@ class _Walk:
         if f.__kwdefaults__:
             out.append(tuple((k, self.value(d)) for k, d in sorted(f.__kwdefaults__.items())))
         scope = f.__globals__
-        for name in _names(code):
+        for name in names:
             if name in scope:
-                item = scope[name]
-                if not isinstance(item, types.ModuleType):
-                    out.append((name, self.value(item)))
+                out.append((name, self.named(scope[name], names)))
         return tuple(out)
+
+    def named(self, x: Any, names: tuple[str, ...]) -> Any:
+        """A value that the code reaches by name: of a module or class, the attributes it may read."""
+        if not isinstance(x, (types.ModuleType, type)):
+            return self.value(x)
+        home = x.__name__ if isinstance(x, types.ModuleType) else x.__module__
+        if home.split(".")[0] in _LIBRARIES:
+            return self.value(x)
+        seen = self.spaces.setdefault(id(x), len(self.spaces))
+        if seen < len(self.spaces) - 1:
+            return ("again", home, seen)
+        found = [(n, inspect.getattr_static(x, n, None)) for n in names]
+        read = tuple((n, self.named(v, names)) for n, v in found if v is not None)
+        return ("space", home, getattr(x, "__qualname__", ""), read)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -131,6 +131,10 @@ class Emitter:
     ) -> None:
         self.ranges = ranges
         self.names = dict(names or {})
+        # Inputs by node id as expressions that become a variable at their first use.
+        self.lazy: dict[int, str] = {}
+        # exp(scores - row scalar) straight from raw dot products, by the id of the scores node.
+        self.raw_scores: int | None = None
         self.env = env
         self.live = live
         self.run_start = run_start
@@ -145,6 +149,8 @@ class Emitter:
             self.ranges, self.names, env=self.env, live=live or self.live,
             run_start=run_start or self.run_start, indent=len(self.pad) + more, prefix=self.prefix,
         )  # fmt: skip
+        out.lazy = dict(self.lazy)
+        out.raw_scores = self.raw_scores
         return out
 
     def line(self, text: str) -> None:
@@ -164,6 +170,8 @@ class Emitter:
         if found is not None:
             return found
         for n in walk([node], known=frozenset(self.names)):
+            if n.id not in self.names and self._only_raw(n, node):
+                continue
             text = self._compute(n)
             if n.op in ("const", "detach", "splat") or text in self.names.values():
                 self.names[n.id] = text
@@ -172,6 +180,20 @@ class Emitter:
                 self.line(f"const auto {name} = {text};")
                 self.names[n.id] = name
         return self.names[node.id]
+
+    def _from_raw(self, x: Node) -> bool:
+        """``x`` is scores - (row scalar), and scores are raw dot products times the scale."""
+        return (
+            self.raw_scores is not None
+            and x.op == "sub"
+            and x.args[0].id == self.raw_scores
+            and not x.args[1].vec
+        )
+
+    def _only_raw(self, n: Node, root: Node) -> bool:
+        """``n`` is part of an exp that is computed from raw dot products: not needed itself, unless
+        something asks for it later."""
+        return n is not root and (n.id == self.raw_scores or self._from_raw(n))
 
     def as_rep(self, node: Node, rep: str) -> str:
         text, own = self.expr(node), self.rep(node)
@@ -202,6 +224,10 @@ class Emitter:
             return f"ae::{n.op}({self._list(n.args, 'bool')})"
         if n.op in ("isnan", "isinf"):
             return f"ae::{n.op}({self.expr(n.args[0])})"
+        if n.id in self.lazy:
+            return self.lazy[n.id]
+        if n.op == "exp" and self._from_raw(n.args[0]):
+            return f"ae::exp_scaled_minus(sm, scale, {self.expr(n.args[0].args[1])})"
         if n.op in ("input", "sum", "amax", "amin", "prod", "any", "all"):
             raise KeyError(f"{n.op} {n.attr} is not available in this scope")
         rep = self.rep(n)

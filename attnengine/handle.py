@@ -74,6 +74,9 @@ class Handle:
         self.head_dim = head_dim
         self.value_dim = value_dim
         self.scale = spec.scale if spec.scale is not None else 1.0 / math.sqrt(head_dim)
+        # Kernels take a positive scale; its sign, or zero, goes into q.
+        self.q_factor = 1.0 if self.scale > 0 else (-1.0 if self.scale < 0 else 0.0)
+        self.scale = abs(self.scale) or 1.0
         self.id = program.forward()
         self.trainable = [i for i in program.sources.grads if tensors[i].requires_grad]
         self.capture_grads = bool(self.trainable)
@@ -102,9 +105,10 @@ class Handle:
         """
         if self.frozen and self.thawed():
             raise ValueError(
-                "a captured tensor requires grad since this handle was made without it; call attnengine.compile(spec, q, k, v) again with a new spec"
+                "a captured tensor came to require grad after this handle was made; call "
+                "attnengine.compile(spec, q, k, v) again with a new spec"
             )
-        if return_aux is None and not _is_compiling():
+        if return_aux is None and self.q_factor == 1.0 and not _is_compiling():
             try:
                 if _grad_enabled() and (
                     q.requires_grad or k.requires_grad or v.requires_grad or self.capture_grads
@@ -115,8 +119,9 @@ class Handle:
                     return _forward(q, k, v, self.tensors, self.id, self.scale, False)[0]
             except ValueError as error:
                 raise ops.translate(error) from None
-        out, stats = self.run(*autocast_operands(q, k, v), return_aux is not None)
-        return out if return_aux is None else (out, self.aux(stats))
+        q, k, v = autocast_operands(q, k, v)
+        out, stats = self.run(q, k, v, bool(return_aux))
+        return (out, self.aux(stats)) if return_aux else out
 
     def thawed(self) -> bool:
         """Whether a captured tensor has come to require grad."""
@@ -132,6 +137,8 @@ class Handle:
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, want_stats: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.q_factor != 1.0:
+            q = q * self.q_factor
         if _is_compiling():
             return torch.ops.attnengine.attention(q, k, v, self.tensors, self.key, self.scale)
         try:

@@ -157,22 +157,28 @@ def _candidate(
     panel_bytes = 4 * lanes * mul * max(d, dv)
     sweeps = 6 if backward else 4
     spill = max(0.0, 1.0 - (arch.l1_bytes - panel_bytes) / tile_bytes)
-    operand_bytes = block_n * (d + dv) * mul * (2 if backward else 1)
-    operand_rate = (
-        arch.l2_bytes_per_cycle
-        if operand_bytes + tile_bytes < arch.l2_bytes / 2
-        else arch.l3_bytes_per_cycle
-    )
+    operand_bytes = block_n * (d + dv) * mul
+    if backward:  # K in two layouts, V, and the accumulators of dK and dV
+        operand_bytes = block_n * ((2 * d + dv) * mul + (d + dv) * acc)
     out_bytes = block_m * dv * acc * 2
+    if backward:  # Q and dO in two layouts, and dQ read and written
+        out_bytes = block_m * ((2 * d + 2 * dv) * mul + 2 * d * acc)
+    resident = operand_bytes + tile_bytes + out_bytes
+    operand_rate = arch.l2_bytes_per_cycle
+    if resident > arch.l2_bytes / 2:
+        operand_rate = arch.l3_bytes_per_cycle
     cache_cycles = (
         sweeps * tile_bytes * spill / arch.l2_bytes_per_cycle
         + operand_bytes / operand_rate
-        + operand_bytes / arch.l3_bytes_per_cycle
         + out_bytes / arch.l2_bytes_per_cycle
     )
-    # Horizontal reductions and row scalars of every row, and the half-empty tiles on a diagonal.
-    overhead = block_m * 60.0 + 400.0
-    diagonal = (block_m + block_n) / 2 / 2048 * (multiply_cycles + pointwise_cycles)
+    # Horizontal reductions and row scalars of every row; calls, packing loops and ends of products
+    # of every tile (measured: the time that is left when the other terms are taken away).
+    overhead = block_m * 60.0 + (4000.0 if backward else 2500.0)
+    # A mask's edge crosses tiles that are half empty; rows have 1024 live keys in this estimate.
+    diagonal = 0.0
+    if traced.mask is not None:
+        diagonal = (block_m + block_n) / 2 / 1024 * (multiply_cycles + pointwise_cycles)
     unit = 1000.0 / scores
     cost = Cost(
         multiply_cycles * unit, pointwise_cycles * unit, cache_cycles * unit,

@@ -85,6 +85,15 @@ def forward_source(traced: Traced, plan: Plan, key: KernelKey, saved_states: Seq
     return "\n".join(lines)
 
 
+def _sums_scores(stages: Stages) -> bool:
+    """Whether some sum over the keys reads every score, so that NaN reaches the row's state."""
+    return any(
+        n.op == "sum" and "scores" in inputs_of([n.args[0]])
+        for level in stages.reductions
+        for n in level
+    )
+
+
 def _tile_row(u: Unit, state_names: dict[int, str]) -> list[str]:
     row, g, d = u.t.row, u.g, u.d
     states = list(row.init)
@@ -93,10 +102,12 @@ def _tile_row(u: Unit, state_names: dict[int, str]) -> list[str]:
     scores = g.input("scores", d, vec=True)
     head = [
         "  template <bool kPartial>",
-        "  static bool tile_row(const ae::Env& env, const Row& row, A scale, A* s, A* w, A* state,",
-        "                       A& factor, int64_t kv0, int ncols, bool mask_full) {",
+        "  static bool tile_row(const ae::Env& env, const Row& row, A scale, A* s,",
+        "                       ae::Multiply<Plan>* w, A* state, A& factor, int64_t kv0, int ncols,",
+        "                       bool mask_full) {",
         "    (void)env, (void)row, (void)kv0, (void)ncols, (void)mask_full;",
         "    const V low = ae::splat<V>(-A(__builtin_inf()));",
+        "    const int end = kPartial ? int(ae::round_up(ncols, L::W)) : Plan::kBlockN;",
     ]
     e = u.emitter(indent=4)
     read = inputs_of(outputs)
@@ -112,37 +123,53 @@ def _tile_row(u: Unit, state_names: dict[int, str]) -> list[str]:
         sweep = [n for n in reductions if n not in tops]
         vec_roots = [n.args[0] for n in sweep] + ([row.weights_online] if t == last else [])
         if t == 0:
-            body = u.open_loop(e, vec_roots)
+            body = u.open_loop(e, vec_roots, "end")
             before = e.lines.pop()  # the loop head: declarations come first
+            # Liveness and the largest score. NaN may get lost here: a sum of the row has it too.
             e.line("V top = low;")
-            body.line("top = ae::maximum(top, sm);")
+            if last == 0:
+                e.line("bool bad = false;")
+                body.line("bad |= ae::any(ae::ne(sm, sm));")
+            cheap = not tops or _sums_scores(stages)
+            body.line(f"top = ae::{'max_or_second' if cheap else 'maximum'}(top, sm);")
             if last > 0:
-                body.line("ae::store_vector(s + j, sm);")
+                guard = "if constexpr (kPartial) " if u.raw else ""
+                body.line(f"{guard}ae::store_vector(s + j, sm);")
         elif not vec_roots:
             continue
         else:
             u.hoist(e, vec_roots)
             body = e.child(live="live", run_start="(kv0 + j)")
-            before = e.pad + "for (int j = 0; j < Plan::kBlockN; j += L::W) {"
+            before = e.pad + "for (int j = 0; j < end; j += L::W) {"
             body.line("const V sm = ae::load_vector<V>(s + j);")
-            body.names[scores.id] = "sm"
+            u.bind_scores(body)
         accumulate(u, e, body, sweep)
         if t == last:
             text = f"ae::splat<V>({body.expr(row.weights_online)})"
             if not u.dead_natural(row.weights_online, 0.0):
                 text = f"ae::select({ALIVE}, {text}, V{{}})"
-            body.line(f"ae::store_vector(w + j, {text});")
+            body.line(f"ae::store_multiply(w + j, {text});")
         e.lines += [before, *body.lines]
         e.line("}")
         if t == 0:
-            e.line("const A best = ae::hmax(top);")
+            e.line("A best = ae::hmax(top);")
             e.line("if (best == -A(__builtin_inf())) {")
-            e.line("  for (int j = 0; j < Plan::kBlockN; j += L::W) ae::store_vector(w + j, V{});")
-            e.line("  factor = 1;")
-            e.line("  return false;")
+            if last > 0:
+                e.line("  if (!ae::any_nan<V>(s, end)) {")
+                e.line("    ae::store_zeros<V>(w, Plan::kBlockN);")
+                e.line("    factor = 1;")
+                e.line("    return false;")
+                e.line("  }")
+                e.line('  best = A(__builtin_nan(""));')
+            else:
+                e.line("  factor = 1;")
+                e.line("  return bad;")
             e.line("}")
             for n in tops:
                 e.names[n.id] = "best"
+            if tops and u.raw:
+                e.line("const A largest = best * scale;")
+                e.names |= {n.id: "largest" for n in tops}
         for n in sweep:
             e.line(f"const auto r{n.id} = ae::{ACROSS[n.op]}(acc{n.id});")
             e.names[n.id] = f"r{n.id}"

@@ -38,6 +38,9 @@ _CFLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fvisibility=hidden",
+    # GCC 12 crashes in this pass on some chains of masks; the kernels are vector code already.
+    "-fno-tree-slp-vectorize",
+    "-Wno-psabi",
 )
 _ISA_FLAGS = {
     "portable": ("-march=x86-64",),

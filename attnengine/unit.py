@@ -57,6 +57,10 @@ class Unit:
         self.key = key
         self.g = traced.graph
         self.d = traced.dtype
+        # Without a score_mod, weights that are rounded to 16 bits come straight from the raw dot
+        # products: exp2 of one fused multiply-add replaces scale, subtract and multiply. The scale
+        # is positive (a handle folds its sign into q), so dot products of dead keys stay -inf.
+        self.raw = plan.bf16_dot and traced.score is None
         self.ranges = Ranges()
         self.static: dict[int, bool] = {}
         self.fields: list[Node] = []
@@ -136,17 +140,22 @@ class Unit:
         ]
 
     # -- the start of every sweep over a tile row -----------------------------------------------
-    def open_loop(self, e: Emitter, hoisted: Sequence[Node]) -> Emitter:
+    def open_loop(
+        self, e: Emitter, hoisted: Sequence[Node], end: str = "Plan::kBlockN"
+    ) -> Emitter:
         """Emits the loop head up to the dead-key blend; returns the emitter of the loop body, with
         the inputs score, scores and k bound and ``live`` declared."""
         g, d, t = self.g, self.d, self.t
         k = g.input("k", "i64", vec=True)
         roots = [n for n in (t.mask, t.score) if n is not None] + list(hoisted)
         self.hoist(e, roots)
-        e.line("for (int j = 0; j < Plan::kBlockN; j += L::W) {")
+        e.line(f"for (int j = 0; j < {end}; j += L::W) {{")
         body = e.child(live="live", run_start="(kv0 + j)")
-        body.line("const V x = ae::mul(ae::load_vector<V>(s + j), scale);")
-        body.names[g.input("score", d, vec=True).id] = "x"
+        if self.raw:
+            body.line("V sm = ae::load_vector<V>(s + j);")
+        else:
+            body.line("const V x = ae::mul(ae::load_vector<V>(s + j), scale);")
+            body.names[g.input("score", d, vec=True).id] = "x"
         needs_k = any("k" in inputs_of([r]) for r in roots)
         if needs_k:
             body.line("const L::I32 k = ae::add(ae::iota<L::I32>(), int32_t(kv0 + j));")
@@ -164,11 +173,21 @@ class Unit:
             inner.line("}")
         body.lines += inner.lines
         body.line("}")
-        score = body.expr(t.score) if t.score is not None else "x"
-        body.line(f"V sm = ae::splat<V>({score});")
+        if not self.raw:
+            score = body.expr(t.score) if t.score is not None else "x"
+            body.line(f"V sm = ae::splat<V>({score});")
         body.line("if constexpr (kPartial) sm = ae::select(live, sm, low);")
-        body.names[g.input("scores", d, vec=True).id] = "sm"
+        self.bind_scores(body)
         return body
+
+    def bind_scores(self, body: Emitter) -> None:
+        """``sm`` holds the scores, or (raw) dot products that the scale still multiplies."""
+        scores = self.g.input("scores", self.d, vec=True).id
+        if self.raw:
+            body.lazy[scores] = "ae::mul(sm, scale)"
+            body.raw_scores = scores
+        else:
+            body.names[scores] = "sm"
 
     def hoist(self, e: Emitter, roots: Sequence[Node]) -> None:
         """Row values that the vec nodes under ``roots`` read are computed before the loop."""
@@ -206,6 +225,8 @@ class Unit:
             for leaf in leaves([node]):
                 shape = (KEYS,) if leaf.vec else ()
                 values[leaf] = 2 * torch.randn(shape, dtype=torch.float64, generator=gen)
+                if leaf.op == "input" and leaf.attr[0] == "dp":
+                    values[leaf][::3] = float("nan")  # V of a dead key may hold anything
             x = 2 * torch.randn(KEYS, dtype=torch.float64, generator=gen)
             x[::3] = float("-inf")
             values[scores] = x

@@ -1,3 +1,4 @@
+#include <limits>
 // The operators attnengine::forward and attnengine::backward, registered through torch's stable
 // ABI: one binary serves every torch from 2.11 on. They check their arguments, allocate the results
 // and launch a kernel module; nothing here depends on what the kernel computes.
@@ -10,7 +11,15 @@
 namespace ae {
 namespace {
 
-double take_double(StableIValue value) { return std::bit_cast<double>(value); }
+// Kernels keep dead keys at -inf through the scale, so it must be positive.
+double take_scale(StableIValue value) {
+  const double scale = std::bit_cast<double>(value);
+  if (!(scale > 0) || scale > std::numeric_limits<double>::max()) {
+    value_error("scale=" + std::to_string(scale) +
+                " must be positive and finite; put its sign into q (attnengine.attention does)");
+  }
+  return scale;
+}
 
 bool take_bool(StableIValue value) {
   bool result;
@@ -28,7 +37,7 @@ void forward(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor q = Tensor::take(stack[0]), k = Tensor::take(stack[1]), v = Tensor::take(stack[2]);
   const TensorList capture_tensors(stack[3]);
   const Kernel& kernel = check_kernel(static_cast<int64_t>(stack[4]), AE_FORWARD);
-  const double scale = take_double(stack[5]);
+  const double scale = take_scale(stack[5]);
   const bool want_stats = take_bool(stack[6]);
   const ae_module_info& info = kernel.info;
 
@@ -160,7 +169,7 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor dout = Tensor::take(stack[6]);
   Tensor dstats = take_optional(stack[7]);
   const Kernel& kernel = check_kernel(static_cast<int64_t>(stack[8]), AE_BACKWARD);
-  const double scale = take_double(stack[9]);
+  const double scale = take_scale(stack[9]);
   const ae_module_info& info = kernel.info;
 
   const TensorView qv = view("q", q), kv = view("k", k), vv = view("v", v);

@@ -28,12 +28,13 @@
 //     kScoreCanDie (score_mod may give -inf), kHasQMod, kHasKMod, kHasVMod
 //     Row make_row(env, b, h, q)               what does not depend on the key
 //     init(env, row, A* state)
-//     bool tile_row<kPartial>(env, row, scale, A* s, A* w, A* state, A& factor, kv0, ncols,
-//                             mask_full)
-//         s: raw dot products of kBlockN keys from kv0 on; w, which is s: their weights, 0 for dead
-//         keys. kPartial = false: every key is live under the mask. kPartial = true: only the first
-//         ncols keys exist, and unless mask_full the mask decides on each. Returns false, with
-//         state untouched and factor 1, when no key is live.
+//     bool tile_row<kPartial>(env, row, scale, A* s, Multiply<Plan>* w, A* state, A& factor, kv0,
+//                             ncols, mask_full)
+//         s: raw dot products of kBlockN keys from kv0 on; w, which is s unless kBf16Dot: their
+//         weights as the product takes them, 0 for dead keys. kPartial = false: every key is live
+//         under the mask. kPartial = true: only the first ncols keys exist, and unless mask_full
+//         the mask decides on each. Returns false, with state untouched and factor 1, when no key
+//         is live.
 //     finalize(env, row, const A* state, A& out_factor, A* stats)
 //     merge(env, row, const A* a, const A* b, A* merged, A& fa, A& fb)       with kHasMerge
 //     Interval classify(interval_env, b, h, q, k)                            with kHasMask

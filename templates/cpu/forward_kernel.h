@@ -258,7 +258,7 @@ class Forward {
     if (!sizes_.pack_ahead) pack_k(tile.kv_b, tile.kv_h, kv_tile, k);
     gemm<Acc, M, kBlockN, GemmMode::kOverwrite>(tile.count, (kD + kPair - 1) / kPair, q,
                                                 Scratch::kQPitch, kPair, k, kBlockN, scores,
-                                                kBlockN);
+                                                kBlockN, nullptr, ncols);
   }
 
   // Scores to weights, row by row. Returns whether any row has a live key in this tile.
@@ -270,16 +270,12 @@ class Forward {
     for (int i = 0; i < tile.count; ++i) {
       Acc* s = scores + int64_t(i) * kBlockN;
       Acc factor = 1;
+      M* w = Plan::kBf16Dot ? weights + int64_t(i) * kBlockN : (M*)s;
       const bool live = Fn::template tile_row<kPartial>(
-          env_, rows.row[i], scale, s, s, rows.state[i], factor, kv_tile * kBlockN, ncols, full);
+          env_, rows.row[i], scale, s, w, rows.state[i], factor, kv_tile * kBlockN, ncols, full);
       rows.factor[i] = factor;
       rows.alive[i] |= live;
       any |= live;
-      if constexpr (Plan::kBf16Dot) {
-        for (int j = 0; j < kBlockN; j += L::W) {
-          store_multiply(weights + int64_t(i) * kBlockN + j, load_vector<V>(s + j));
-        }
-      }
     }
     return any;
   }

@@ -79,6 +79,18 @@ AE_INLINE void store_multiply(M* p, V x) {
 #endif
   store_vector(p, x);
 }
+template <class V, class M>
+AE_INLINE void store_zeros(M* p, int n) {
+  for (int j = 0; j < n; j += int(sizeof(V) / sizeof(V{}[0]))) store_multiply(p + j, V{});
+}
+
+// Whether one of n accumulator values is NaN.
+template <class V, class A>
+AE_INLINE bool any_nan(const A* p, int n) {
+  bool found = false;
+  for (int j = 0; j < n; ++j) found |= p[j] != p[j];
+  return found;
+}
 
 // Loaders of kRegs * W columns of B for one step.
 template <class M, int kPair>
@@ -183,20 +195,23 @@ __attribute__((noinline)) void gemm_panel(int m, int64_t steps, const M* a, int6
   rows.template operator()<1>();
 }
 
+// Panels of C that start at or after `columns` are left alone.
 template <class Acc, class M, int N, GemmMode kMode,
           class B = PackedRows<M, GemmStep<Acc, M>::kPair>>
 AE_INLINE void gemm(int m, int64_t steps, const M* a, int64_t a_row, int64_t a_step, const M* b,
-                    int64_t ldb, Acc* c, int64_t ldc, const Acc* factor = nullptr) {
+                    int64_t ldb, Acc* c, int64_t ldc, const Acc* factor = nullptr,
+                    int columns = N) {
   constexpr int W = Lanes<Acc>::W;
   constexpr int kPanel = kGemmRegs * W;
   constexpr int kRest = N % kPanel / W;
   static_assert(N % W == 0, "columns must be padded to whole vectors");
   int j = 0;
-  for (; j + kPanel <= N; j += kPanel) {
+  for (; j + kPanel <= N && j < columns; j += kPanel) {
     gemm_panel<Acc, M, kGemmRegs, kMode, B>(m, steps, a, a_row, a_step, b + j * B::kColumn, ldb,
                                             c + j, ldc, factor);
   }
   if constexpr (kRest > 0) {
+    if (j >= columns) return;
     gemm_panel<Acc, M, kRest, kMode, B>(m, steps, a, a_row, a_step, b + j * B::kColumn, ldb, c + j,
                                         ldc, factor);
   }

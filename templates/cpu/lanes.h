@@ -1,6 +1,7 @@
 // The vector types of the CPU kernels: W lanes of the accumulator type A (float, or double for fp64
-// kernels) and, lane for lane beside it, the integer and mask vectors. GCC vector extensions make one
-// source serve every ISA; the compiler splits vectors that are wider than the machine's registers.
+// kernels) and, lane for lane beside it, the integer and mask vectors. GCC vector extensions make
+// one source serve every ISA; the compiler splits vectors that are wider than the machine's
+// registers.
 #pragma once
 #include <cstdint>
 
@@ -33,7 +34,7 @@ constexpr bool kHasBf16Dot = false;
 template <class A>
 struct Lanes {
   static constexpr int W = kRegisterBytes / sizeof(A);
-  using Acc = Vector<A, W>;       // accumulator type
+  using Acc = Vector<A, W>;  // accumulator type
   using F32 = Vector<float, W>;
   using F64 = Vector<double, W>;
   using I32 = Vector<int32_t, W>;  // also the mask type: 0 or -1 in each lane

@@ -12,7 +12,7 @@
 //
 // `row(i)` returns the address of element 0 of source row i; `col` is the stride between elements
 // of a row. `rows` is the padded row count: even for pack_pairs, a multiple of W for
-// pack_transposed.
+// pack_transposed, which writes no column past n rounded up to W: those scores are never read.
 #pragma once
 #include "cpu/memory.h"
 
@@ -229,7 +229,7 @@ bool pack_transposed(M* dst, const Row& row, int64_t col, int n, int rows, const
   using Unit = Vector<decltype(mask_element<A>()), W>;
   constexpr bool kRaw = __is_same(M, E) && __is_same(Mod, NoMod);
   NonFinite<A, M> bad;
-  for (int i0 = 0; i0 < rows; i0 += W) {
+  for (int i0 = 0; i0 < n; i0 += W) {
     for (int u0 = 0; u0 < kUnits; u0 += W) {
       Unit block[W];
       M* out = dst + (int64_t(u0) * rows + i0) * kPair;

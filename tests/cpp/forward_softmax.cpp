@@ -65,8 +65,8 @@ struct SoftmaxFn {
   static void init(const ae::Env&, const Row&, A* state) { state[0] = kLowest, state[1] = 0; }
 
   template <bool kPartial>
-  static bool tile_row(const ae::Env&, const Row& row, A scale, A* s, A* w, A* state, A& factor,
-                       int64_t kv0, int ncols, bool mask_full) {
+  static bool tile_row(const ae::Env&, const Row& row, A scale, A* s, ae::Multiply<Plan>* w,
+                       A* state, A& factor, int64_t kv0, int ncols, bool mask_full) {
     constexpr int W = L::W;
     V top = V{} + kLowest;
     for (int j = 0; j < Plan::kBlockN; j += W) {
@@ -88,13 +88,13 @@ struct SoftmaxFn {
     for (int i = 0; i < W; ++i) m = top[i] > m ? top[i] : m;
     V sum{};
     if (m == kLowest) {
-      for (int j = 0; j < Plan::kBlockN; j += W) ae::store_vector(w + j, V{});
+      for (int j = 0; j < Plan::kBlockN; j += W) ae::store_multiply(w + j, V{});
       return false;
     }
     const A prescale = kPartial || kHook ? A(1) : scale;
     for (int j = 0; j < Plan::kBlockN; j += W) {
       const V p = ae::exp(ae::load_vector<V>(s + j) * prescale - m);
-      ae::store_vector(w + j, p);
+      ae::store_multiply(w + j, p);
       sum += p;
     }
     factor = std::exp(state[0] - m);
