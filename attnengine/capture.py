@@ -108,17 +108,21 @@ class _Walk:
         return tuple(out)
 
     def named(self, x: Any, names: tuple[str, ...]) -> Any:
-        """A value that the code reaches by name: of a module or class, the attributes it may read."""
+        """What the code reaches by a name: of a module or class, the attributes it may read."""
         if not isinstance(x, (types.ModuleType, type)):
             return self.value(x)
         home = x.__name__ if isinstance(x, types.ModuleType) else x.__module__
         if home.split(".")[0] in _LIBRARIES:
             return self.value(x)
-        seen = self.spaces.setdefault(id(x), len(self.spaces))
-        if seen < len(self.spaces) - 1:
-            return ("again", home, seen)
+        if id(x) in self.spaces:
+            return ("again", home, self.spaces[id(x)])
+        self.spaces[id(x)] = len(self.spaces)
         found = [(n, inspect.getattr_static(x, n, None)) for n in names]
-        read = tuple((n, self.named(v, names)) for n, v in found if v is not None)
+        read = tuple(
+            (n, self.named(v.__func__ if isinstance(v, staticmethod) else v, names))
+            for n, v in found
+            if v is not None
+        )
         return ("space", home, getattr(x, "__qualname__", ""), read)
 
 
