@@ -189,7 +189,7 @@ class _Derivation:
         except TraceError as e:
             raise TraceError(f"no derivative: {e}") from e
         lowered = FxLowering(self.low, module, [*every, *cotangents], lambda t: None).run()
-        grads = [self.g.cast(n, self.d) for n in lowered[: len(wrt)]]
+        grads = [self.g.cast(_unrounded(n), self.d) for n in lowered[: len(wrt)]]
         return grads, list(lowered[len(wrt) :])
 
     def statistic_vjp(
@@ -406,6 +406,13 @@ class _Derivation:
                 return None
             ratios.append(grad[live] / w[live])
         return _constant(ratios)
+
+
+def _unrounded(node: Node) -> Node:
+    """A gradient of a 16-bit capture before its cast: it is rounded once, when it is stored."""
+    while node.op == "cast" and node.dtype in ("bf16", "f16") and node.args[0].dtype in FLOATS:
+        node = node.args[0]
+    return node
 
 
 def _has_sum(node: Node) -> bool:

@@ -176,7 +176,7 @@ class _Mods(TorchFunctionMode):
     def widen(self, x: Any) -> Any:
         if isinstance(x, (tuple, list)):
             return type(x)(self.widen(i) for i in x)
-        if not isinstance(x, Tensor) or x.dtype != torch.float32:
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == self.wide:
             return x
         key = (id(x), torch.is_grad_enabled())
         if key not in self.widened:

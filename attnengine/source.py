@@ -103,8 +103,8 @@ def _tile_row(u: Unit, state_names: dict[int, str]) -> list[str]:
     head = [
         "  template <bool kPartial>",
         "  static bool tile_row(const ae::Env& env, const Row& row, A scale, A* s,",
-        "                       ae::Multiply<Plan>* w, A* state, A& factor, int64_t kv0, int ncols,",
-        "                       bool mask_full) {",
+        "                       ae::Multiply<Plan>* w, A* state, A& factor, int64_t kv0,",
+        "                       int ncols, bool mask_full) {",
         "    (void)env, (void)row, (void)kv0, (void)ncols, (void)mask_full;",
         "    const V low = ae::splat<V>(-A(__builtin_inf()));",
         "    const int end = kPartial ? int(ae::round_up(ncols, L::W)) : Plan::kBlockN;",

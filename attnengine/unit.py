@@ -140,9 +140,7 @@ class Unit:
         ]
 
     # -- the start of every sweep over a tile row -----------------------------------------------
-    def open_loop(
-        self, e: Emitter, hoisted: Sequence[Node], end: str = "Plan::kBlockN"
-    ) -> Emitter:
+    def open_loop(self, e: Emitter, hoisted: Sequence[Node], end: str = "Plan::kBlockN") -> Emitter:
         """Emits the loop head up to the dead-key blend; returns the emitter of the loop body, with
         the inputs score, scores and k bound and ``live`` declared."""
         g, d, t = self.g, self.d, self.t

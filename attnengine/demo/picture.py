@@ -8,7 +8,6 @@ from pathlib import Path
 from .gpt import Training
 from .race import Result
 
-
 # SDPA gets a dense mask where it can express the variant, else it runs plain causal attention.
 LEGEND = {"SDPA": "SDPA (dense mask or plain causal)"}
 
