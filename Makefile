@@ -8,10 +8,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
-# The tested torch. Its plain wheel brings gigabytes of CUDA libraries, so the CPU build comes first:
-# from the configured indexes, else from torch's own. To test another torch, install it in .venv.
+# The tested torch, from the configured index. Where that index offers only the build with CUDA
+# (gigabytes), install a CPU build into .venv first: a torch that is there is kept.
 TORCH := 2.13.0
-TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 BUDGET_MIN := 25
 PYTEST_ARGS ?=
 
@@ -63,8 +62,6 @@ $(VENV)/bin/python:
 $(STAMPS)/torch: | $(VENV)/bin/python
 	mkdir -p $(STAMPS)
 	$(BIN)/python -c 'import torch' 2>/dev/null || \
-	  $(BIN)/python -m pip install 'torch==$(TORCH)+cpu' || \
-	  $(BIN)/python -m pip install --extra-index-url $(TORCH_CPU_INDEX) 'torch==$(TORCH)+cpu' || \
 	  $(BIN)/python -m pip install 'torch==$(TORCH)'
 	touch $@
 
