@@ -130,13 +130,24 @@ class _Floor:
             a, b = 1e-12, 1e-12
         else:
             a, b = ULPS * U32 * math.sqrt(noise.count), ULPS * U32
+        # What the accumulator cannot hold is 0 in a kernel: one smallest number per element.
+        wide = compute == torch.float64
+        tiny = torch.finfo(torch.float64 if wide else torch.float32).tiny
         row_norms = rows.norm(dim=-1)
-        self.total = a * want.norm().item() + b * float(_rms([n.norm() for n in loud]))
-        self.rows = a * row_norms + b * _rms([_rows(n).norm(dim=-1) for n in loud])
+        self.total = (
+            tiny * math.sqrt(want.numel())
+            + a * want.norm().item()
+            + b * float(_rms([n.norm() for n in loud]))
+        )
+        self.rows = (
+            tiny * math.sqrt(rows.shape[-1])
+            + a * row_norms
+            + b * _rms([_rows(n).norm(dim=-1) for n in loud])
+        )
         self.largest = b * max((n.abs().max().item() for n in loud), default=0.0)
         terms = _rms([_rows(_finite(n)).norm(dim=-1) for n in noise.terms])
         self.scale = torch.maximum(row_norms, math.sqrt(3) * terms.expand_as(row_norms))
-        self.scale = self.scale.clamp(min=1e-300)
+        self.scale = self.scale.clamp(min=tiny)
 
 
 def _luck(
