@@ -66,7 +66,7 @@ def attention(
         TraceError: a mod cannot be expressed; names the line and the operator.
         KernelUnavailable, BuildError: the kernel cannot be compiled here.
     """
-    handle = spec.__dict__.get("_handle")
+    handle = spec.__dict__.get("_handle") if type(spec) is AttentionSpec else None
     if (
         handle is not None
         and return_aux is None

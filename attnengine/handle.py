@@ -40,6 +40,15 @@ def _kinds(tensors: Sequence[torch.Tensor]) -> list[tuple]:
     return [(t.dtype, t.dim(), t.requires_grad) for t in tensors]
 
 
+def _refusal(error: Exception, q: Any, k: Any, v: Any) -> Exception:
+    """What is wrong with the operands of a call that failed: the same text at every door."""
+    try:
+        dispatch.check_operands(q, k, v)
+    except (TypeError, ValueError, NotImplementedError) as better:
+        return better
+    return ops.translate(error) if isinstance(error, ValueError) else error
+
+
 class Statistics(dict):
     """Saved row statistics by name, [B, Hq, L] each; also readable as attributes (``aux.lse``)."""
 
@@ -117,8 +126,8 @@ class Handle:
                         return apply(q, k, v, self.program, self.scale, self.tensors)[0]
                 elif not _autocast():
                     return _forward(q, k, v, self.tensors, self.id, self.scale, False)[0]
-            except ValueError as error:
-                raise ops.translate(error) from None
+            except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+                raise _refusal(error, q, k, v) from None
         q, k, v = autocast_operands(q, k, v)
         out, stats = self.run(q, k, v, bool(return_aux))
         return (out, self.aux(stats)) if return_aux else out
@@ -150,8 +159,8 @@ class Handle:
                     self.ready = True
                 return apply(q, k, v, self.program, self.scale, self.tensors)
             return ops.forward(q, k, v, self.tensors, self.id, self.scale, want_stats)
-        except ValueError as error:
-            raise ops.translate(error) from None
+        except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise _refusal(error, q, k, v) from None
 
     def aux(self, stats: torch.Tensor) -> Statistics:
         return Statistics({n: stats[i] for i, n in enumerate(self.program.sources.stats)})
