@@ -8,7 +8,7 @@ from .ir import inputs_of
 from .key import KernelKey
 from .plan import Plan
 from .trace import Traced
-from .unit import ACROSS, ALIVE, Stages, Unit, accumulate, flag, header
+from .unit import ACROSS, ALIVE, END, Stages, Unit, accumulate, flag, header
 
 
 def forward_source(traced: Traced, plan: Plan, key: KernelKey, saved_states: Sequence[str]) -> str:
@@ -107,7 +107,7 @@ def _tile_row(u: Unit, state_names: dict[int, str]) -> list[str]:
         "                       int ncols, bool mask_full) {",
         "    (void)env, (void)row, (void)kv0, (void)ncols, (void)mask_full;",
         "    const V low = ae::splat<V>(-A(__builtin_inf()));",
-        "    const int end = kPartial ? int(ae::round_up(ncols, L::W)) : Plan::kBlockN;",
+        f"    {END}",
     ]
     e = u.emitter(indent=4)
     read = inputs_of(outputs)
@@ -123,7 +123,7 @@ def _tile_row(u: Unit, state_names: dict[int, str]) -> list[str]:
         sweep = [n for n in reductions if n not in tops]
         vec_roots = [n.args[0] for n in sweep] + ([row.weights_online] if t == last else [])
         if t == 0:
-            body = u.open_loop(e, vec_roots, "end")
+            body = u.open_loop(e, vec_roots)
             before = e.lines.pop()  # the loop head: declarations come first
             # Liveness and the largest score. NaN may get lost here: a sum of the row has it too.
             e.line("V top = low;")
@@ -156,7 +156,7 @@ def _tile_row(u: Unit, state_names: dict[int, str]) -> list[str]:
             e.line("if (best == -A(__builtin_inf())) {")
             if last > 0:
                 e.line("  if (!ae::any_nan<V>(s, end)) {")
-                e.line("    ae::store_zeros<V>(w, Plan::kBlockN);")
+                e.line("    ae::store_zeros<V>(w, end);")
                 e.line("    factor = 1;")
                 e.line("    return false;")
                 e.line("  }")

@@ -10,7 +10,7 @@ from .ir import REDUCTIONS, Node, walk
 from .key import KernelKey
 from .plan import Plan
 from .trace import Traced
-from .unit import ACROSS, ALIVE, COMBINE, IDENTITY, Unit, accumulate, flag, header
+from .unit import ACROSS, ALIVE, COMBINE, END, IDENTITY, Unit, accumulate, flag, header
 
 
 def scatter_line(u: Unit, e: Emitter, s: Scatter, live: str) -> None:
@@ -121,6 +121,7 @@ def backward_source(traced: Traced, derived: Derived, plan: Plan, key: KernelKey
     vec_roots = [derived.weights, derived.dscore, *(s.value for s in derived.scatters)]
     vec_roots += [i for s in derived.scatters for i in s.index]
     e = _with_scalars(u, scalars, vec_roots)
+    e.line(END)
     body = u.open_loop(e, vec_roots)
     body.line(f"const L::Mask alive = {ALIVE};")
     body.live = "alive"
@@ -201,6 +202,7 @@ def _passes(u: Unit, derived: Derived, scalars: dict[int, int]) -> list[str]:
     for p, reductions in enumerate(derived.passes):
         operands = [n.args[0] for n in reductions]
         e = _with_scalars(u, scalars, operands)
+        e.line(END)
         body = u.open_loop(e, operands)
         head = e.lines.pop()
         if _uses_dp(reductions):

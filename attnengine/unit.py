@@ -140,14 +140,14 @@ class Unit:
         ]
 
     # -- the start of every sweep over a tile row -----------------------------------------------
-    def open_loop(self, e: Emitter, hoisted: Sequence[Node], end: str = "Plan::kBlockN") -> Emitter:
+    def open_loop(self, e: Emitter, hoisted: Sequence[Node]) -> Emitter:
         """Emits the loop head up to the dead-key blend; returns the emitter of the loop body, with
         the inputs score, scores and k bound and ``live`` declared."""
         g, d, t = self.g, self.d, self.t
         k = g.input("k", "i64", vec=True)
         roots = [n for n in (t.mask, t.score) if n is not None] + list(hoisted)
         self.hoist(e, roots)
-        e.line(f"for (int j = 0; j < {end}; j += L::W) {{")
+        e.line("for (int j = 0; j < end; j += L::W) {")
         body = e.child(live="live", run_start="(kv0 + j)")
         if self.raw:
             body.line("V sm = ae::load_vector<V>(s + j);")
@@ -309,6 +309,8 @@ def accumulate(unit: Unit, e: Emitter, body: Emitter, reductions: Sequence[Node]
 
 
 ALIVE = "ae::ne(sm, low)"
+# Whole vectors that hold the keys of a tile row.
+END = "const int end = kPartial ? int(ae::round_up(ncols, L::W)) : Plan::kBlockN;"
 
 
 def _identity(n: Node, rep: str) -> str:

@@ -89,6 +89,15 @@ inline void check_operands(const ae_module_info& info, const TensorView& q, cons
     value_error("k and v must have the same heads and length, got k " + k.shape() + " and v " +
                 v.shape());
   }
+  constexpr int64_t kLimit = int64_t(1) << 30;  // kernels index in 32 bits
+  for (const TensorView* x : {&q, &k}) {
+    for (int d = 0; d < 3; ++d) {
+      if (x->size[d] >= kLimit) {
+        value_error(std::string(x->name) + " has shape " + x->shape() +
+                    "; batch, heads and lengths must stay below 2**30: split the call");
+      }
+    }
+  }
   const int64_t Hq = q.size[1], Hkv = k.size[1];
   if (Hkv == 0 ? Hq != 0 : Hq % Hkv != 0) {
     value_error("q has " + std::to_string(Hq) + " heads, which is not a multiple of the " +

@@ -1,5 +1,6 @@
 // The C ABI between the op library (csrc/) and every kernel module. Plain data only: no torch, no
-// Python, no C++ types, so one module serves every torch version. Bump AE_ABI_VERSION on any change.
+// Python, no C++ types, so one module serves every torch version. Bump AE_ABI_VERSION on any
+// change.
 #pragma once
 #include <stdint.h>
 
@@ -35,8 +36,9 @@ typedef struct ae_capture {
   int32_t dtype;
 } ae_capture;
 
-// Everything a launch needs. Operand layout is [B, H, L, D] by strides (elements). A broadcast batch
-// of K/V arrives as stride 0. `stats` is contiguous [kStats][B][Hq][L] in the accumulator type.
+// Everything a launch needs. Operand layout is [B, H, L, D] by strides (elements). A broadcast
+// batch of K/V arrives as stride 0. `stats` is contiguous [kStats][B][Hq][L] in the accumulator
+// type.
 typedef struct ae_params {
   uint32_t abi_version;
   uint32_t bytes;  // sizeof(ae_params)
@@ -73,11 +75,11 @@ typedef struct ae_module_info {
   int32_t dtype;  // ae_dtype of q, k, v, out
   int32_t D, Dv;
   int32_t capture_count;
-  int32_t user_stats;   // saved row statistics that the caller sees
-  int32_t stats;        // all saved row statistics: the user's first, then the backward's own
-  uint64_t grad_mask;   // bit i: this backward module produces the gradient of captured tensor i
-  int32_t isa;          // ae_isa the code was compiled for
-  const char* key;      // digest of the kernel key
+  int32_t user_stats;  // saved row statistics that the caller sees
+  int32_t stats;       // all saved row statistics: the user's first, then the backward's own
+  uint64_t grad_mask;  // bit i: this backward module produces the gradient of captured tensor i
+  int32_t isa;         // ae_isa the code was compiled for
+  const char* key;     // digest of the kernel key
 } ae_module_info;
 
 enum ae_isa { AE_ISA_PORTABLE = 0, AE_ISA_AVX2 = 1, AE_ISA_AVX512 = 2, AE_ISA_AVX512_BF16 = 3 };

@@ -70,6 +70,26 @@ inline Interval tile_keys(int64_t first, int64_t last, int64_t S, int block_n) {
   return iv::range(double(first * block_n), double((end < S ? end : S) - 1));
 }
 
+// Columns [begin, end) of a tile.
+struct Columns {
+  int begin, end;
+};
+
+// The columns of an undecided tile of `count` keys from `first` on, without the whole panels at
+// either end in which no key is live. classify(keys interval) is the mask over the tile's rows.
+template <class Classify>
+inline Columns live_columns(int64_t first, int count, int panel, const Classify& classify) {
+  Columns c{0, count};
+  const auto dead = [&](int begin) {
+    const int end = begin + panel < count ? begin + panel : count;
+    return iv::is_false(classify(iv::range(double(first + begin), double(first + end - 1))));
+  };
+  while (c.begin < count && dead(c.begin)) c.begin += panel;
+  if (c.begin >= count) return {0, 0};
+  while (dead((c.end - 1) / panel * panel)) c.end = (c.end - 1) / panel * panel;
+  return c;
+}
+
 // Runs of key tiles (block_n keys each, ceil(S / block_n) of them) for the rows b, h, q. Returns
 // their number, which never exceeds the number of tiles, and stores the first `capacity`.
 template <class Fn>

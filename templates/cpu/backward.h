@@ -150,9 +150,11 @@ class Backward {
     });
   }
 
-  void tile(const Head& h, int64_t t, const KeyTile& keys, bool mask_full, const Grads& grads,
+  void tile(const Head& h, int64_t t, const KeyTile& whole, bool mask_full, const Grads& grads,
             const Scratch& scratch) const {
     const RowTile<Plan> tile(x_.sizes, t);
+    const KeyTile keys = mask_full ? whole : x_.live_part(h, t, whole);
+    if (keys.count == 0) return;
     scores(h, t, tile.count, keys, scratch);
     weight_gradients(h, t, tile.count, keys, scratch);
 
@@ -169,7 +171,9 @@ class Backward {
         Fn::template tile_row<true>(x_.env(), row, scale, r, s, dp, grads.at, keys.first,
                                     keys.count, mask_full);
       }
-      if constexpr (Plan::kBf16Dot) round_rows(i, tile.count, scratch);
+      if constexpr (Plan::kBf16Dot) {
+        round_rows(i, tile.count, int(round_up(keys.count, 32)), scratch);
+      }
     }
     add_products(h, t, tile.count, keys, !full || score_can_die<Fn>(), scratch);
   }
@@ -178,31 +182,33 @@ class Backward {
   void scores(const Head& h, int64_t t, int rows, const KeyTile& keys,
               const Scratch& scratch) const {
     constexpr int kSteps = (Plan::kD + kPair - 1) / kPair;
-    gemm<A, M, kN, GemmMode::kOverwrite>(rows, kSteps, h.q + t * kM * kD, kD, kPair,
-                                         h.k_by_column + keys.index * Launch::kKColumns, kN,
-                                         scratch.s, kN);
+    gemm<A, M, kN, GemmMode::kOverwrite>(
+        rows, kSteps, h.q + t * kM * kD, kD, kPair,
+        h.k_by_column + keys.index * Launch::kKColumns + keys.offset * kPair, kN, scratch.s, kN,
+        nullptr, keys.count);
   }
   void weight_gradients(const Head& h, int64_t t, int rows, const KeyTile& keys,
                         const Scratch& scratch) const {
     constexpr int kSteps = (Plan::kDv + kPair - 1) / kPair;
-    gemm<A, M, kN, GemmMode::kOverwrite>(rows, kSteps, h.dout + t * kM * kDv, kDv, kPair,
-                                         h.v_by_column + keys.index * Launch::kVColumns, kN,
-                                         scratch.dp, kN);
+    gemm<A, M, kN, GemmMode::kOverwrite>(
+        rows, kSteps, h.dout + t * kM * kDv, kDv, kPair,
+        h.v_by_column + keys.index * Launch::kVColumns + keys.offset * kPair, kN, scratch.dp, kN,
+        nullptr, keys.count);
   }
 
   // Row i of `rows` is ready. Rounds it to bf16 while it is in the first cache: dS as it lies, and
   // each pair of rows interleaved. An odd last row is paired with zeros.
-  static void round_rows(int i, int rows, const Scratch& scratch) {
-    round_row(scratch.dp + i * kN, scratch.ds + i * kN, kN);
+  static void round_rows(int i, int rows, int columns, const Scratch& scratch) {
+    round_row(scratch.dp + i * kN, scratch.ds + i * kN, columns);
     if (i % 2 == 0 && i + 1 < rows) return;
     const int even = i & ~1;
     A *s = scratch.s + even * kN, *dp = scratch.dp + even * kN;
     if (i == even) {
-      __builtin_memset(s + kN, 0, kN * sizeof(A));
-      __builtin_memset(dp + kN, 0, kN * sizeof(A));
+      __builtin_memset(s + kN, 0, columns * sizeof(A));
+      __builtin_memset(dp + kN, 0, columns * sizeof(A));
     }
-    interleave_rows(s, s + kN, scratch.w_pairs + even * kN, kN);
-    interleave_rows(dp, dp + kN, scratch.ds_pairs + even * kN, kN);
+    interleave_rows(s, s + kN, scratch.w_pairs + even * kN, columns);
+    interleave_rows(dp, dp + kN, scratch.ds_pairs + even * kN, columns);
   }
 
   // dV += W^T dO, dK += dS^T Q, dQ += dS K. The weight of a dead pair is exactly zero, but zero
@@ -213,9 +219,9 @@ class Backward {
     constexpr GemmMode kAdd = GemmMode::kAccumulate;
     const int row_steps = (rows + kPair - 1) / kPair, key_steps = (keys.count + kPair - 1) / kPair;
     const M *q = h.q_by_row + t * kM * kD, *dout = h.dout_by_row + t * kM * kDv;
-    const M* k = h.k_by_row + keys.index * kN * kD;
-    A *dq = h.dq + t * kM * kD, *dk = h.dk + keys.index * kN * kD;
-    A* dv = h.dv + keys.index * kN * kDv;
+    const int64_t key = keys.index * kN + keys.offset;
+    const M* k = h.k_by_row + key * kD;
+    A *dq = h.dq + t * kM * kD, *dk = h.dk + key * kD, *dv = h.dv + key * kDv;
     if (dead_pairs && h.dout_bad[t]) {
       multiply_nonzero<A, M, kDv>(keys.count, rows, x.s, 1, kN, dout, dv);
     } else {

@@ -6,6 +6,7 @@
 #include "common/env.h"
 #include "common/segments.h"
 #include "cpu/backward_work.h"
+#include "cpu/gemm.h"
 
 namespace ae {
 
@@ -42,6 +43,7 @@ class BackwardLaunch {
   struct KeyTile {
     int64_t index, first;
     int count;
+    int offset = 0;  // columns of the packed tile before `first`
   };
   struct Scratch {
     A *s, *dp;
@@ -153,6 +155,23 @@ class BackwardLaunch {
       return Fn::classify(intervals_, iv::constant(double(h.b)), heads_of(h, tile, tile), q,
                           tile_keys(first, last, p.S, kN));
     });
+  }
+
+  // A KV tile without the panels at its ends that the mask empties for row tile t.
+  KeyTile live_part(const Head& h, int64_t t, KeyTile keys) const {
+    if constexpr (Fn::kHasMask) {
+      const RowTile<Plan> tile(sizes, t);
+      const Interval q = iv::range(double(tile.q(0)), double(tile.q(tile.count - 1)));
+      const Columns c =
+          live_columns(keys.first, keys.count, kGemmRegs * Lanes<A>::W, [&](Interval k) {
+            return Fn::classify(intervals_, iv::constant(double(h.b)), heads_of(h, tile, tile), q,
+                                k);
+          });
+      keys.first += c.begin;
+      keys.offset = c.begin;
+      keys.count = c.end - c.begin;
+    }
+    return keys;
   }
 
   // body(row tile, mask_full) for the row tiles of `rows` that meet a KV tile, in order.

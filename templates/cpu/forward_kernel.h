@@ -54,16 +54,25 @@ class Forward {
     if (sizes_.splits > 1) parallel_for(sizes_.tiles(), p_.threads, &merge_task, this);
   }
 
+  // The indices of the rows of a tile.
+  struct Box {
+    Interval b, h, q;
+    explicit Box(const ForwardTile<Plan>& tile) {
+      const int64_t q0 = tile.q(0), q1 = tile.q(tile.count - 1);
+      const bool one = q0 == q1;
+      const int64_t h0 = one ? tile.h(0) : tile.block * tile.interleave;
+      const int64_t h1 = one ? tile.h(tile.count - 1) : h0 + tile.interleave - 1;
+      b = iv::range(double(tile.b), double(tile.b));
+      h = iv::range(double(h0), double(h1));
+      q = iv::range(double(q0), double(q1));
+    }
+  };
+
   // The runs of kv tiles of one tile of query rows.
   static int64_t runs(const ForwardTile<Plan>& tile, const IntervalEnv& env, int64_t S, ae_run* out,
                       int64_t capacity) {
-    const int64_t q0 = tile.q(0), q1 = tile.q(tile.count - 1);
-    const bool one = q0 == q1;
-    const int64_t h0 = one ? tile.h(0) : tile.block * tile.interleave;
-    const int64_t h1 = one ? tile.h(tile.count - 1) : h0 + tile.interleave - 1;
-    return row_segments<Fn>(env, iv::range(double(tile.b), double(tile.b)),
-                            iv::range(double(h0), double(h1)), iv::range(double(q0), double(q1)), S,
-                            kBlockN, out, capacity);
+    const Box box(tile);
+    return row_segments<Fn>(env, box.b, box.h, box.q, S, kBlockN, out, capacity);
   }
 
  private:
@@ -203,26 +212,41 @@ class Forward {
     return !sizes_.pack_ahead && rows <= kDirectRows && ncols == kBlockN && stride[3] == 1;
   }
 
+  // The columns of a kv tile in which some key of these rows may be live.
+  Columns columns_of(const ForwardTile<Plan>& tile, int64_t kv_tile, int ncols, bool full) const {
+    if constexpr (Fn::kHasMask) {
+      if (!full) {
+        const Box box(tile);
+        return live_columns(kv_tile * kBlockN, ncols, kGemmRegs * L::W, [&](Interval k) {
+          return Fn::classify(interval_env_, box.b, box.h, box.q, k);
+        });
+      }
+    }
+    return {0, ncols};
+  }
+
   void add_keys(const ForwardTile<Plan>& tile, Rows& rows, int64_t kv_tile, bool full,
                 char* scratch, Acc* out) const {
-    Acc* scores = (Acc*)(scratch + Scratch::kScores);
-    M* weights = (M*)(scratch + Scratch::kWeights);
-    const int ncols = keys_in(kv_tile);
+    const Columns columns = columns_of(tile, kv_tile, keys_in(kv_tile), full);
+    const int first = columns.begin, ncols = columns.end - columns.begin;
+    if (ncols == 0) return;
+    Acc* scores = (Acc*)(scratch + Scratch::kScores) + first;
+    M* weights = Plan::kBf16Dot ? (M*)(scratch + Scratch::kWeights) + first : (M*)scores;
     const int64_t packed = tile.kv_head * sizes_.kv_tiles + kv_tile;
-    score(tile, kv_tile, ncols, packed, scratch, scores);
+    score(tile, kv_tile, columns, packed, scratch, scores);
+    const int64_t key = kv_tile * kBlockN + first;
     const bool partial = !full || ncols < kBlockN;
-    const bool live = partial ? weigh<true>(tile, rows, scores, weights, kv_tile, ncols, full)
-                              : weigh<false>(tile, rows, scores, weights, kv_tile, ncols, full);
+    const bool live = partial ? weigh<true>(tile, rows, scores, weights, key, ncols, full)
+                              : weigh<false>(tile, rows, scores, weights, key, ncols, full);
     if (!live) return;
-    if constexpr (!Plan::kBf16Dot) weights = (M*)scores;
     // Dead keys must not be multiplied, so only a tile without any may be read where it lies.
     if constexpr (kDirectV && !score_can_die<Fn>()) {
       if (!partial && direct(p_.v_stride, tile.count, ncols)) {
-        const int64_t key = kv_tile * kBlockN, ld = p_.v_stride[2];
         const Elem* v = rows_of(p_.v, p_.v_stride, tile.kv_b, tile.kv_h, key).base;
         using B = typename NaturalLoader<M, kBlockN>::type;
         gemm<Acc, M, kOutPitch, GemmMode::kScale, B>(tile.count, kBlockN / kPair, weights, kBlockN,
-                                                     kPair, v, ld, out, kOutPitch, rows.factor);
+                                                     kPair, v, p_.v_stride[2], out, kOutPitch,
+                                                     rows.factor);
         return;
       }
     }
@@ -234,18 +258,20 @@ class Forward {
     } else {
       bad_v = pack_v(tile.kv_b, tile.kv_h, kv_tile, v);
     }
+    v += int64_t(first) * kOutPitch;
     if (bad_v && (partial || score_can_die<Fn>())) {
-      return multiply_live(tile.count, rows.factor, weights, v, out);
+      return multiply_live(tile.count, ncols, rows.factor, weights, v, out);
     }
-    const int steps = (ncols + kPair - 1) / kPair;  // the weights beyond are 0
+    const int steps = (ncols + kPair - 1) / kPair;  // the weight that fills a pair is 0
     gemm<Acc, M, kOutPitch, GemmMode::kScale>(tile.count, steps, weights, kBlockN, kPair, v,
                                               kOutPitch, out, kOutPitch, rows.factor);
   }
 
-  // Raw dot products of the rows with one tile of keys.
-  void score(const ForwardTile<Plan>& tile, int64_t kv_tile, int ncols, int64_t packed,
+  // Raw dot products of the rows with some columns of one tile of keys; `scores` is the first.
+  void score(const ForwardTile<Plan>& tile, int64_t kv_tile, Columns columns, int64_t packed,
              char* scratch, Acc* scores) const {
     const M* q = (const M*)(scratch + Scratch::kQ);
+    const int ncols = columns.end - columns.begin;
     if constexpr (kDirectK) {
       if (direct(p_.k_stride, tile.count, ncols)) {
         const int64_t key = kv_tile * kBlockN;
@@ -256,23 +282,23 @@ class Forward {
     }
     M* k = sizes_.pack_ahead ? packed_k(packed) : (M*)(scratch + Scratch::kK);
     if (!sizes_.pack_ahead) pack_k(tile.kv_b, tile.kv_h, kv_tile, k);
-    gemm<Acc, M, kBlockN, GemmMode::kOverwrite>(tile.count, (kD + kPair - 1) / kPair, q,
-                                                Scratch::kQPitch, kPair, k, kBlockN, scores,
-                                                kBlockN, nullptr, ncols);
+    gemm<Acc, M, kBlockN, GemmMode::kOverwrite>(
+        tile.count, (kD + kPair - 1) / kPair, q, Scratch::kQPitch, kPair,
+        k + int64_t(columns.begin) * kPair, kBlockN, scores, kBlockN, nullptr, ncols);
   }
 
   // Scores to weights, row by row. Returns whether any row has a live key in this tile.
   template <bool kPartial>
   __attribute__((noinline)) bool weigh(const ForwardTile<Plan>& tile, Rows& rows, Acc* scores,
-                                       M* weights, int64_t kv_tile, int ncols, bool full) const {
+                                       M* weights, int64_t key, int ncols, bool full) const {
     bool any = false;
     const Acc scale = Acc(p_.scale);
     for (int i = 0; i < tile.count; ++i) {
       Acc* s = scores + int64_t(i) * kBlockN;
       Acc factor = 1;
       M* w = Plan::kBf16Dot ? weights + int64_t(i) * kBlockN : (M*)s;
-      const bool live = Fn::template tile_row<kPartial>(
-          env_, rows.row[i], scale, s, w, rows.state[i], factor, kv_tile * kBlockN, ncols, full);
+      const bool live = Fn::template tile_row<kPartial>(env_, rows.row[i], scale, s, w,
+                                                        rows.state[i], factor, key, ncols, full);
       rows.factor[i] = factor;
       rows.alive[i] |= live;
       any |= live;
@@ -281,12 +307,12 @@ class Forward {
   }
 
   // O = O * factor + W V over the keys whose weight is not 0: V may hold Inf or NaN at dead keys.
-  __attribute__((noinline)) void multiply_live(int count, const Acc* factor, const M* weights,
-                                               const M* v, Acc* out) const {
+  __attribute__((noinline)) void multiply_live(int count, int keys, const Acc* factor,
+                                               const M* weights, const M* v, Acc* out) const {
     for (int i = 0; i < count; ++i) {
       Acc* o = out + int64_t(i) * kOutPitch;
       for (int d = 0; d < kOutPitch; ++d) o[d] *= factor[i];
-      for (int j = 0; j < kBlockN; ++j) {
+      for (int j = 0; j < keys; ++j) {
         const Acc w = widen<Acc>(weights[int64_t(i) * kBlockN + j]);
         if (w == 0) continue;
         const M* row = v + int64_t(j / kPair) * kPair * kOutPitch + j % kPair;
