@@ -58,7 +58,8 @@ def _mask_function(
     ) -> torch.Tensor:
         at = (b if by_batch else 0, h if by_head else 0, q_idx // q_block, kv_idx // kv_block)
         kind = table[at]
-        return (kind == 2) | ((kind == 1) & mask_mod(b, h, q_idx, kv_idx))
+        # Not "kind == 1": over tiles with full and partial blocks, "kind > 0" is known to be true.
+        return (kind == 2) | ((kind > 0) & mask_mod(b, h, q_idx, kv_idx))
 
     return block_mask
 
