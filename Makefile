@@ -12,7 +12,7 @@ STAMPS := $(VENV)/stamps
 # (gigabytes), install a CPU build into .venv first: a torch that is there is kept.
 TORCH := 2.13.0
 BUDGET_MIN := 25
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n auto
 
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp) templates/common/abi.h setup.py
 FORMATTED := csrc/*.h csrc/*.cpp templates/*/*.h tests/cpp/*.h tests/cpp/*.cpp tests/unit/*.cpp

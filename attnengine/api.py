@@ -16,6 +16,7 @@ from .handle import (
     Statistics,
     _autocast,
     _forward,
+    _forward_ad,
     _grad_enabled,
     _is_compiling,
     autocast_operands,
@@ -80,7 +81,7 @@ def attention(
             ):
                 if handle.ready and not _autocast():
                     return apply(q, k, v, handle.program, handle.scale, handle.tensors)[0]
-            elif not _autocast():
+            elif not _autocast() and _forward_ad._current_level < 0:
                 return _forward(q, k, v, handle.tensors, handle.id, handle.scale, False)[0]
         except (ValueError, AttributeError, TypeError):
             pass  # another dtype or head dim, or no tensors at all: look again below
@@ -144,6 +145,8 @@ def compile(
     grad. ``isa``: "avx512_bf16", "avx512", "avx2" or "portable" instead of this CPU's best.
     Raises what :func:`attention` raises.
     """
+    if isa is not None:
+        dispatch.check_isa(isa)
     handle = _handle(q, k, v, spec, isa)
     if backward is None:
         backward = dispatch.tensors_require_grad((q, k, v, *handle.tensors))

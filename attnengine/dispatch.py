@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from . import build, cache, library, settings
+from .arch import ISAS
 from .aten import Unsupported
 from .capture import Captures, captures_of_spec
 from .derive import Derived, derive
@@ -177,6 +178,16 @@ def pipeline(
 
 def default_isa() -> str:
     return settings.isa_override() or library.cpu_isa()
+
+
+def check_isa(isa: str) -> None:
+    """Raises ValueError unless ``isa`` is known and this CPU runs it."""
+    best = ISAS.index(library.cpu_isa())
+    if isa not in ISAS or ISAS.index(isa) < best:
+        raise ValueError(
+            f"isa={isa!r}: this CPU runs {', '.join(repr(i) for i in ISAS[best:])}; "
+            "isa=None chooses the best"
+        )
 
 
 def program(

@@ -144,6 +144,8 @@ class _Floor:
             + a * row_norms
             + b * _rms([_rows(n).norm(dim=-1) for n in loud])
         )
+        if rows.shape[-1] <= 4:  # too few draws to know one row's noise: as loud as the others
+            self.rows = self.rows.clamp(min=self.rows.square().mean().sqrt().item())
         self.largest = b * max((n.abs().max().item() for n in loud), default=0.0)
         terms = _rms([_rows(_finite(n)).norm(dim=-1) for n in noise.terms])
         self.scale = torch.maximum(row_norms, math.sqrt(3) * terms.expand_as(row_norms))
