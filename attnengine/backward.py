@@ -52,10 +52,12 @@ class Attention(torch.autograd.Function):
             extra[number] = grad
         return dq, dk, dv, None, None, *extra
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return ops._no_vmap(info, in_dims, *args)
 
+TRANSFORMS = (
+    "attnengine: transforms of torch.func (vmap, grad, jvp, ...) and forward-mode gradients of "
+    "attention are not implemented; take gradients with torch.autograd, and fold the dimension of "
+    "a vmap into the batch dimension of q, k and v (reshape to [N*B, H, L, D])"
+)
 
 # Function.apply without its Python half, which only functorch needs: 2 of the call's 12 us.
 _direct = super(torch.autograd.Function, Attention).apply
@@ -72,5 +74,5 @@ def apply(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, statistics) with autograd; the program's forward is loaded."""
     if _functorch():
-        return Attention.apply(q, k, v, program, scale, *captures)
+        raise NotImplementedError(TRANSFORMS)
     return _direct(q, k, v, program, scale, *captures)

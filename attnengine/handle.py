@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from . import dispatch, ops
-from .backward import apply
+from .backward import TRANSFORMS, apply
 from .dispatch import Pipeline, Program
 from .explain import describe
 from .masks import TileTable, tile_table
@@ -20,6 +20,7 @@ _is_compiling = torch.compiler.is_compiling
 _grad_enabled = torch.is_grad_enabled
 _autocast = torch._C._is_any_autocast_enabled
 _forward = ops.forward
+_forward_ad = torch.autograd.forward_ad
 
 
 def autocast_operands(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
@@ -38,6 +39,10 @@ def autocast_operands(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
 
 def _kinds(tensors: Sequence[torch.Tensor]) -> list[tuple]:
     return [(t.dtype, t.dim(), t.requires_grad) for t in tensors]
+
+
+def _has_tangent(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and _forward_ad.unpack_dual(x).tangent is not None
 
 
 def _refusal(error: Exception, q: Any, k: Any, v: Any) -> Exception:
@@ -124,7 +129,7 @@ class Handle:
                 ):
                     if self.ready and not _autocast():
                         return apply(q, k, v, self.program, self.scale, self.tensors)[0]
-                elif not _autocast():
+                elif not _autocast() and _forward_ad._current_level < 0:
                     return _forward(q, k, v, self.tensors, self.id, self.scale, False)[0]
             except (ValueError, TypeError, AttributeError, RuntimeError) as error:
                 raise _refusal(error, q, k, v) from None
@@ -150,6 +155,8 @@ class Handle:
             q = q * self.q_factor
         if _is_compiling():
             return torch.ops.attnengine.attention(q, k, v, self.tensors, self.key, self.scale)
+        if _forward_ad._current_level >= 0 and any(map(_has_tangent, (q, k, v, *self.tensors))):
+            raise NotImplementedError(TRANSFORMS)
         try:
             if _grad_enabled() and (
                 q.requires_grad or k.requires_grad or v.requires_grad or self.capture_grads
