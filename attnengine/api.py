@@ -83,7 +83,7 @@ def attention(
                     return apply(q, k, v, handle.program, handle.scale, handle.tensors)[0]
             elif not _autocast() and _forward_ad._current_level < 0:
                 return _forward(q, k, v, handle.tensors, handle.id, handle.scale, False)[0]
-        except (ValueError, AttributeError, TypeError):
+        except (ValueError, AttributeError, TypeError, RuntimeError):
             pass  # another dtype or head dim, or no tensors at all: look again below
     return _attention(q, k, v, spec, return_aux)
 

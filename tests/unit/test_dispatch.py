@@ -220,15 +220,14 @@ def test_objects_are_opaque() -> None:
 @pytest.mark.compiles
 def test_changed_object_is_traced_anew(count: Counter) -> None:
     class Module:
-        window = 3
-        bias = torch.zeros(2)
+        bias = torch.tensor([0.5, 1.0])
 
         def mod(self, s, b, h, q, k):
-            return torch.where(q - k > self.window, -1.0, s) + self.bias[h]
+            return s + self.bias[h] * (q - k)
 
     m = Module()
     near(call(ae.AttentionSpec(score_mod=m.mod)), reference(ae.AttentionSpec(score_mod=m.mod)))
-    m.window, m.bias = 6, torch.tensor([0.5, 1.0])
+    m.bias = torch.tensor([1, 2])
     near(call(ae.AttentionSpec(score_mod=m.mod)), reference(ae.AttentionSpec(score_mod=m.mod)))
     assert count.traced == 2
 
@@ -308,7 +307,7 @@ def test_other_meanings_have_other_kernels() -> None:
 
 @pytest.mark.compiles
 def test_captured_tensor_of_another_dtype_gets_its_own_kernel() -> None:
-    for bias in (torch.tensor([0.5, 1.0]), torch.tensor([1, 2]), torch.tensor([0.5, 1.0]).double()):
+    for bias in (torch.tensor([0.5, 1.0]), torch.tensor([1, 2])):
         spec = slopes(bias)
         near(call(spec), reference(spec))
 

@@ -290,27 +290,7 @@ def test_live_index_out_of_range() -> None:
         ae.attention(q, k, v, biased(torch.zeros(3)))
 
 
-# -- row functions and gradients -------------------------------------------------------------------
-
-
-class NoGradient(ae.OnlineFunc):
-    """Rounds the scores, by a row statistic: derivable, and zero almost everywhere."""
-
-    def update(self, scores: Tensor, state: dict) -> tuple[Tensor, dict, Any]:
-        return scores.round(), state, 1.0
-
-    def finalize(self, out: Tensor, state: dict) -> tuple[Tensor, dict]:
-        return out, {}
-
-    def weights(self, scores: Tensor, saved: dict) -> Tensor:
-        return scores.round()
-
-
-def test_zero_gradient_is_zero_not_garbage() -> None:
-    q, k, v = (x.requires_grad_() for x in operands())
-    out = ae.attention(q, k, v, ae.AttentionSpec(row_func=NoGradient()))
-    dq, dk, dv = torch.autograd.grad(out.sum(), (q, k, v))
-    assert not dq.any() and not dk.any() and dv.any()
+# -- gradients -------------------------------------------------------------------------------------
 
 
 def test_double_backward() -> None:
