@@ -127,7 +127,7 @@ def _empty_like_layout(like: Tensor, size: Sequence[Any], dtype: torch.dtype) ->
 def _operands_agree(q: Tensor, k: Tensor, v: Tensor) -> bool:
     if not q.dim() == k.dim() == v.dim() == 4 or not q.dtype == k.dtype == v.dtype:
         return False
-    if not q.device == k.device == v.device:
+    if not q.device == k.device == v.device or q.device.type not in ("cpu", "meta"):
         return False
     batches = all(x.shape[0] == q.shape[0] or x.shape[0] == 1 for x in (k, v))
     lengths = k.shape[1] == v.shape[1] and k.shape[2] == v.shape[2] and q.shape[3] == k.shape[3]

@@ -419,8 +419,18 @@ def test_cuda_tensors() -> None:
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(1, 1, 4, D, device="cuda")
-    for call in (ae.attention, ae.flex_attention):
-        with pytest.raises(NotImplementedError, match=r"q is on cuda:0.*\.cpu\(\)"):
+    plain = ae.AttentionSpec()
+    warm = ae.compile(plain, *operands())
+    calls: list[Callable] = [
+        ae.attention,
+        ae.flex_attention,
+        warm,
+        lambda *x: ae.attention(*x, plain),
+        lambda *x: torch.ops.attnengine.attention(*x, [], warm.key, 1.0),
+        lambda *x: torch.ops.attnengine.forward(*x, [], warm.id, 1.0, False),
+    ]
+    for call in calls:
+        with pytest.raises(NotImplementedError, match=r"q is on cuda.*CPU"):
             call(x, x, x)
 
 
