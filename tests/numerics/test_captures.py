@@ -12,7 +12,7 @@ import attnengine as ae
 LENGTH, KEYS = 70, 150
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("dtype", [F32], ids=["f32"])
 def test_any_number_of_gathers_of_one_tensor(dtype: torch.dtype) -> None:
     spec, captures = gathers(LENGTH, KEYS, stored=F32)
     verify(spec, *operands(dtype, B=2, L=LENGTH, S=KEYS), captures)
@@ -24,7 +24,7 @@ def test_gradient_stored_in_16_bits() -> None:
     verify(spec, *operands(BF16, L=LENGTH, S=KEYS), captures)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("dtype", [BF16], ids=["bf16"])
 def test_operand_mods_share_captured_scalars(dtype: torch.dtype) -> None:
     spec, captures = operand_mods()
     verify(spec, *operands(dtype, B=2, L=LENGTH, S=KEYS), captures)

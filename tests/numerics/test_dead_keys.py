@@ -24,6 +24,8 @@ import attnengine as ae
 
 NAN, INF = math.nan, math.inf
 LENGTH, KEYS = 70, 300  # three tiles of keys and more
+WIDE = pytest.mark.parametrize("dtype", [F32], ids=["f32"])
+HALF = pytest.mark.parametrize("dtype", [BF16], ids=["bf16"])
 BOTH = pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
 
 
@@ -81,7 +83,7 @@ def test_patterns(pattern_name: str, dtype: torch.dtype) -> None:
     assert all(x.isfinite().all() for n, x in got.items() if n != "lse")
 
 
-@BOTH
+@WIDE
 def test_sink_of_dead_rows(dtype: torch.dtype) -> None:
     """lse is the sink's own logit, whose gradient is then dlse."""
     spec, captures = sink()
@@ -165,7 +167,7 @@ def poisonous() -> tuple[ae.AttentionSpec, Captures]:
     return spec, {"table": table, "near": near, "floor": floor}
 
 
-@BOTH
+@HALF
 def test_poison_in_score_mod_of_dead_keys(dtype: torch.dtype) -> None:
     spec, captures = poisonous()
     q, k, v = operands(dtype, B=2, L=LENGTH, S=KEYS)
@@ -175,7 +177,7 @@ def test_poison_in_score_mod_of_dead_keys(dtype: torch.dtype) -> None:
     assert (got["dfloor"][2::5] == 0).all() and (got["out"][:, :, 5] == 0).all()
 
 
-@BOTH
+@WIDE
 @pytest.mark.parametrize("where", ["some keys", "a tile", "first tiles", "some rows", "everything"])
 def test_score_mod_returning_minus_infinity(where: str, dtype: torch.dtype) -> None:
     """A captured bias of -inf: dead as by a mask, and its own gradient is 0."""
@@ -198,7 +200,7 @@ def test_score_mod_returning_minus_infinity(where: str, dtype: torch.dtype) -> N
     assert (got["lse"][..., dead.all(1)] == -INF).all()
 
 
-@BOTH
+@HALF
 @pytest.mark.parametrize("value", [NAN, INF], ids=str)
 def test_special_scores_of_live_keys_propagate(value: float, dtype: torch.dtype) -> None:
     """In their own rows, in every gradient where the meaning says so."""

@@ -134,7 +134,7 @@ def test_gradient_of_shared_keys_is_the_sum_over_the_batch() -> None:
 
 PAIRS = [
     (F32, 1, 59), (BF16, 59, 1), (BF16, 64, 64), (F32, 128, 128), (BF16, 576, 512),
-    (F32, 576, 40), (BF16, 1, 128),
+    (BF16, 1, 128),
 ]  # fmt: skip
 
 
