@@ -50,8 +50,15 @@ lint: $(STAMPS)/installed
 bench: $(STAMPS)/installed
 	$(BIN)/python -m bench cpu
 
-wheel: $(STAMPS)/build-tools
-	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
+# Against a torch that is there: that of .venv, else PYTHON's. Only where neither has one is it fetched.
+WHEEL := -m pip wheel --no-build-isolation --no-deps -w dist .
+CAN_BUILD := import ninja, pybind11, setuptools, torch; assert setuptools.__version__ >= "77"
+wheel:
+	@for python in $(BIN)/python $(PYTHON); do \
+	  if "$$python" -c '$(CAN_BUILD)' 2>/dev/null; then exec "$$python" $(WHEEL); fi; \
+	done; \
+	$(MAKE) --no-print-directory $(STAMPS)/build-tools; \
+	exec $(BIN)/python $(WHEEL)
 
 clean:
 	rm -rf build dist *.egg-info attnengine/*.so $(STAMPS)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import pathlib
 import shutil
 
 import pybind11
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 
-ROOT = pathlib.Path(__file__).parent
+ROOT = pathlib.Path(__file__).resolve().parent
 OPS_LIBRARY = "libattnengine_ops"
 FLAGS = [
     "-std=c++20",
@@ -20,6 +22,9 @@ FLAGS = [
     "-Wall",
     "-Wextra",
     "-Wno-unused-parameter",
+    # Texts of checks name the file they are in: as in the repository, not as on this machine.
+    f"-ffile-prefix-map={ROOT}/=",
+    *(f"-ffile-prefix-map={folder}/=" for folder in include_paths()),
 ]
 # The stable ABI of torch 2.10: one binary for every later torch, CPU or CUDA.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
@@ -35,18 +40,44 @@ class BuildLibraries(BuildExtension):
         return str(filename)
 
 
-class BuildWithTemplates(build_py):
-    """Installs the kernel templates as attnengine/templates; a checkout uses them in place."""
+class BuildPackage(build_py):
+    """Installs the kernel templates as attnengine/templates (a checkout uses them in place), into a
+    folder where no earlier build has left a module that is gone since."""
 
     def run(self) -> None:
+        package = pathlib.Path(self.build_lib, "attnengine")
+        if not self.editable_mode:
+            shutil.rmtree(package, ignore_errors=True)
         super().run()
         if not self.editable_mode:
-            target = pathlib.Path(self.build_lib, "attnengine", "templates")
-            shutil.rmtree(target, ignore_errors=True)
             for header in sorted((ROOT / "templates").rglob("*.h")):
-                copy = target / header.relative_to(ROOT / "templates")
+                copy = package / header.relative_to(ROOT)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(header, copy)
+
+
+class TaggedWheel(bdist_wheel):
+    """Tags the wheel for this Python (pybind11's module has its ABI; the operator library does not)
+    and for the oldest Linux that can load what was compiled."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, platform = super().get_tag()
+        compiled = list(pathlib.Path(self.bdist_dir).rglob("*.so"))
+        if compiled and platform.startswith("linux_"):  # an editable install has none in its wheel
+            platform = platform_tag(compiled)
+        return python, abi, platform
+
+
+def _platform_tag_function():
+    """The package cannot be imported before it is built; this file of it can."""
+    place = ROOT / "attnengine" / "platform_tag.py"
+    spec = importlib.util.spec_from_file_location("platform_tag", place)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.platform_tag
+
+
+platform_tag = _platform_tag_function()
 
 
 def headers(*folders: str) -> list[str]:
@@ -79,7 +110,11 @@ setup(
             language="c++",
         ),
     ],
-    package_data={"attnengine": ["*.pyi"]},
-    cmdclass={"build_ext": BuildLibraries, "build_py": BuildWithTemplates},
+    package_data={"attnengine": ["py.typed", "*.pyi"]},
+    cmdclass={
+        "bdist_wheel": TaggedWheel,
+        "build_ext": BuildLibraries,
+        "build_py": BuildPackage,
+    },
     zip_safe=False,
 )
