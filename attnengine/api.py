@@ -52,7 +52,7 @@ def attention(
     """Fused attention of a spec, with gradients.
 
     Args:
-        q: [B, Hq, L, D]; float32, bfloat16 or float64.
+        q: [B, Hq, L, D]; float32, bfloat16, float16 or float64.
         k: [B or 1, Hkv, S, D]; Hq must be a multiple of Hkv (grouped-query attention).
         v: [B or 1, Hkv, S, Dv].
         spec: what attention means; compiled once per meaning, dtype and head dims.

@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--length", type=int, default=2048)
     explain.add_argument("--kv-length", type=int, help="default: --length")
     explain.add_argument("--dim", type=int, default=64)
-    explain.add_argument("--dtype", choices=("bf16", "fp32", "fp64"), default="bf16")
+    explain.add_argument("--dtype", choices=("bf16", "fp16", "fp32", "fp64"), default="bf16")
 
     prebuild = command("prebuild", _prebuild, "run a function and keep every kernel it used")
     prebuild.add_argument("function", help="FILE.py:NAME or MODULE:NAME, called without arguments")
@@ -148,7 +148,13 @@ def _explain(options: Any) -> int:
             variant = variant(**_assignments(options.settings))
         except TypeError as error:
             raise ValueError(f"{options.variant}: {error}; give arguments as KEY=VALUE") from None
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[options.dtype]
+    dtypes = {
+        "bf16": torch.bfloat16,
+        "fp16": torch.float16,
+        "fp32": torch.float32,
+        "fp64": torch.float64,
+    }
+    dtype = dtypes[options.dtype]
     kv_heads = options.kv_heads or options.heads
     kv_length = options.length if options.kv_length is None else options.kv_length
     q = torch.randn(options.batch, options.heads, options.length, options.dim, dtype=dtype)

@@ -32,7 +32,7 @@ from .source_backward import backward_source
 from .spec import AttentionSpec
 from .trace import Traced, trace
 
-SUPPORTED = (torch.float32, torch.float64, torch.bfloat16)
+SUPPORTED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _MEMO_VERSION = 1
 
 
@@ -298,7 +298,7 @@ def check_operands(q: Any, k: Any, v: Any) -> None:
     if not q.dtype == k.dtype == v.dtype or q.dtype not in SUPPORTED:
         raise TypeError(
             f"q, k and v must share one dtype, got {q.dtype}, {k.dtype}, {v.dtype}; supported are "
-            "torch.float32, torch.float64 and torch.bfloat16: cast with .to()"
+            "torch.float32, torch.float64, torch.bfloat16 and torch.float16: cast with .to()"
         )
     if q.shape[3] != k.shape[3]:
         raise ValueError(

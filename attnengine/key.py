@@ -18,7 +18,7 @@ class KernelKey:
     """``graphs`` is the canonical text of every traced function that the kernel contains."""
 
     kind: str  # "forward" or "backward"
-    element: str  # dtype of q, k, v: f32, f64, bf16
+    element: str  # dtype of q, k, v: f32, f64, bf16, f16
     head_dim: int
     value_dim: int
     graphs: str

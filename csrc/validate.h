@@ -65,7 +65,7 @@ inline void check_operands(const ae_module_info& info, const TensorView& q, cons
     }
     type_error(std::string("q, k and v must share one dtype, got ") + dtype_name(q.dtype) + ", " +
                dtype_name(k.dtype) + ", " + dtype_name(v.dtype) +
-               "; supported are float32, float64 and bfloat16: cast with .to()");
+               "; supported are float32, float64, bfloat16 and float16: cast with .to()");
   }
   if (k.size[3] != q.size[3]) {
     value_error("k has head_dim " + std::to_string(k.size[3]) + " but q has " +

@@ -27,11 +27,21 @@ AE_INLINE V sum_each(V (&x)[W]) {
   }
 }
 
+// One vector of keys as they are multiplied: M as it lies, narrower elements widened.
+template <class Acc, class M, class E>
+AE_INLINE typename GemmStep<Acc, M>::V load_key(const E* p) {
+  if constexpr (__is_same(M, E)) {
+    return load_vector<typename GemmStep<Acc, M>::V>(p);
+  } else {
+    return load_widened<Acc>(p);
+  }
+}
+
 // scores[i][j] = q_i . k_j for rows i < m, keys j < n (n a multiple of W). Row i of q is at
 // q + i * q_row, key j at k + j * k_row; D elements each, a whole number of vectors. Fetches ahead
 // the keys that follow n keys later.
-template <class Acc, class M, int D>
-__attribute__((noinline)) void direct_scores(int m, const M* q, int64_t q_row, const M* k,
+template <class Acc, class M, int D, class E>
+__attribute__((noinline)) void direct_scores(int m, const M* q, int64_t q_row, const E* k,
                                              int64_t k_row, int n, Acc* scores, int64_t ld) {
   using Step = GemmStep<Acc, M>;
   using V = typename Step::V;
@@ -49,7 +59,7 @@ __attribute__((noinline)) void direct_scores(int m, const M* q, int64_t q_row, c
         const V x = load_vector<V>(q + i * q_row + d);
 #pragma GCC unroll 16
         for (int j1 = 0; j1 < W; ++j1) {
-          sum[j1] = Step::multiply_add(sum[j1], x, load_vector<V>(k + j1 * k_row + d));
+          sum[j1] = Step::multiply_add(sum[j1], x, load_key<Acc, M>(k + j1 * k_row + d));
         }
       }
       store_vector(scores + i * ld + j, sum_each<1>(sum));

@@ -35,24 +35,13 @@ using ValueOf = typename MemoryType<T>::Value;
 template <class T, int W>
 using ValueVector = Vector<std::conditional_t<std::is_same_v<T, bool>, int32_t, ValueOf<T>>, W>;
 
-template <class T, class X>
-AE_INLINE auto decode_f16(X half) {
-  auto u = convert<uint32_t>(half);
-  auto magnitude = (u & 0x7fffu) << 13;
-  // Times 2^112 moves the exponent's bias from 15 to 127, for subnormal numbers too.
-  auto scaled = bits_as<float>(magnitude) * 0x1p112f;
-  auto special = magnitude | 0x7f800000u;
-  auto r = magnitude >= 0x0f800000u ? special : bits_as<uint32_t>(scaled);
-  return bits_as<float>(r | (u & 0x8000u) << 16);
-}
-
 // Elements as loaded (bit patterns for the 16-bit floats) to values; scalar or vector.
 template <class T, class X>
 AE_INLINE auto decode(X x) {
   if constexpr (std::is_same_v<T, bf16>) {
     return bits_as<float>(convert<uint32_t>(x) << 16);
   } else if constexpr (std::is_same_v<T, f16>) {
-    return decode_f16<T>(x);
+    return f16_to_float(x);
   } else if constexpr (std::is_same_v<T, bool>) {
     return to_bool(convert<int32_t>(x));
   } else {

@@ -206,8 +206,8 @@ class Forward {
   }
 
   // Whether a few rows may read whole tiles of K, or of V, where they lie.
-  static constexpr bool kDirectK = __is_same(M, Elem) && !Fn::kHasKMod && kD % (L::W * kPair) == 0;
-  static constexpr bool kDirectV = __is_same(M, Elem) && !Fn::kHasVMod && kDv % (L::W * kPair) == 0;
+  static constexpr bool kDirectK = !Fn::kHasKMod && kD % (L::W * kPair) == 0;
+  static constexpr bool kDirectV = !Fn::kHasVMod && kDv % (L::W * kPair) == 0;
   bool direct(const int64_t* stride, int rows, int ncols) const {
     return !sizes_.pack_ahead && rows <= kDirectRows && ncols == kBlockN && stride[3] == 1;
   }
@@ -243,7 +243,7 @@ class Forward {
     if constexpr (kDirectV && !score_can_die<Fn>()) {
       if (!partial && direct(p_.v_stride, tile.count, ncols)) {
         const Elem* v = rows_of(p_.v, p_.v_stride, tile.kv_b, tile.kv_h, key).base;
-        using B = typename NaturalLoader<M, kBlockN>::type;
+        using B = typename NaturalLoader<M, Elem, kBlockN>::type;
         gemm<Acc, M, kOutPitch, GemmMode::kScale, B>(tile.count, kBlockN / kPair, weights, kBlockN,
                                                      kPair, v, p_.v_stride[2], out, kOutPitch,
                                                      rows.factor);

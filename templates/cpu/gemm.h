@@ -11,7 +11,8 @@
 //           a_step = 1), or a_step = 2 for bf16; a transposed tile [k][lda] is (1, lda); and
 //           transposed bf16 pairs [k/2][lda][2] are (2, 2 * lda).
 //   b       [k][ldb], or pairs [k/2][ldb][2] for bf16; ldb counts columns in both. With the loader
-//           NaturalRows, bf16 rows [k][ldb] as they lie in memory, paired in registers.
+//           NaturalRows, bf16 rows [k][ldb] as they lie in memory, paired in registers; with
+//           WidenedRows, rows of a narrower element type, widened to Acc in registers.
 //   c       row-major Acc, ldc elements between rows.
 //   mode    kOverwrite: C = AB. kAccumulate: C += AB. kScale: row i of C = C * factor[i] + AB.
 //
@@ -95,6 +96,7 @@ AE_INLINE bool any_nan(const A* p, int n) {
 // Loaders of kRegs * W columns of B for one step.
 template <class M, int kPair>
 struct PackedRows {
+  using Stored = M;
   static constexpr int kColumn = kPair;  // elements of B between columns
   template <class V, int kRegs>
   static AE_INLINE void load(V (&bv)[kRegs], const M* b, int64_t) {
@@ -108,6 +110,7 @@ struct PackedRows {
 // kAhead rows later: rows are read once, straight from memory.
 template <int kAhead>
 struct NaturalRows {
+  using Stored = bf16;
   static constexpr int kColumn = 1;
   template <class V, int kRegs>
   static AE_INLINE void load(V (&bv)[kRegs], const bf16* b, int64_t ldb) {
@@ -130,20 +133,41 @@ struct NaturalRows {
   }
 };
 
-// The loader of rows as they lie in memory.
-template <class M, int kAhead>
+// Rows of 16-bit elements become accumulator vectors. Fetches ahead like NaturalRows.
+template <class Acc, class E, int kAhead>
+struct WidenedRows {
+  using Stored = E;
+  static constexpr int kColumn = 1;
+  template <class V, int kRegs>
+  static AE_INLINE void load(V (&bv)[kRegs], const E* b, int64_t ldb) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kRegs; ++j) {
+      const E* p = b + j * Lanes<Acc>::W;
+      if (j % 2 == 0) __builtin_prefetch(p + kAhead * ldb, 0, 2);  // two vectors of E to a line
+      bv[j] = load_widened<Acc>(p);
+    }
+  }
+};
+
+// The loader of rows of E as they lie in memory, to be multiplied as M.
+template <class M, class E, int kAhead>
 struct NaturalLoader {
+  using type = WidenedRows<M, E, kAhead>;
+};
+template <class M, int kAhead>
+struct NaturalLoader<M, M, kAhead> {
   using type = PackedRows<M, 1>;
 };
 template <int kAhead>
-struct NaturalLoader<bf16, kAhead> {
+struct NaturalLoader<bf16, bf16, kAhead> {
   using type = NaturalRows<kAhead>;
 };
 
 // kRows x (kRegs * W) of C, held in registers over all steps.
 template <class Acc, class M, int kRows, int kRegs, GemmMode kMode, class B>
-AE_INLINE void gemm_block(int64_t steps, const M* a, int64_t a_row, int64_t a_step, const M* b,
-                          int64_t ldb, Acc* c, int64_t ldc, const Acc* factor) {
+AE_INLINE void gemm_block(int64_t steps, const M* a, int64_t a_row, int64_t a_step,
+                          const typename B::Stored* b, int64_t ldb, Acc* c, int64_t ldc,
+                          const Acc* factor) {
   using Step = GemmStep<Acc, M>;
   using V = typename Step::V;
   constexpr int W = Lanes<Acc>::W;
@@ -180,8 +204,8 @@ AE_INLINE void gemm_block(int64_t steps, const M* a, int64_t a_row, int64_t a_st
 // All m rows of one panel of kRegs * W columns, so that the panel of B stays in the first cache.
 template <class Acc, class M, int kRegs, GemmMode kMode, class B>
 __attribute__((noinline)) void gemm_panel(int m, int64_t steps, const M* a, int64_t a_row,
-                                          int64_t a_step, const M* b, int64_t ldb, Acc* c,
-                                          int64_t ldc, const Acc* factor) {
+                                          int64_t a_step, const typename B::Stored* b, int64_t ldb,
+                                          Acc* c, int64_t ldc, const Acc* factor) {
   int i = 0;
   const auto rows = [&]<int kRows>() {
     for (; i + kRows <= m; i += kRows) {
@@ -198,9 +222,9 @@ __attribute__((noinline)) void gemm_panel(int m, int64_t steps, const M* a, int6
 // Panels of C that start at or after `columns` are left alone.
 template <class Acc, class M, int N, GemmMode kMode,
           class B = PackedRows<M, GemmStep<Acc, M>::kPair>>
-AE_INLINE void gemm(int m, int64_t steps, const M* a, int64_t a_row, int64_t a_step, const M* b,
-                    int64_t ldb, Acc* c, int64_t ldc, const Acc* factor = nullptr,
-                    int columns = N) {
+AE_INLINE void gemm(int m, int64_t steps, const M* a, int64_t a_row, int64_t a_step,
+                    const typename B::Stored* b, int64_t ldb, Acc* c, int64_t ldc,
+                    const Acc* factor = nullptr, int columns = N) {
   constexpr int W = Lanes<Acc>::W;
   constexpr int kPanel = kGemmRegs * W;
   constexpr int kRest = N % kPanel / W;

@@ -195,6 +195,62 @@ AE_INLINE Retype<X, T> bits_as(X x) {
   return __builtin_bit_cast(Retype<X, T>, x);
 }
 
+// The bits of float16 to float, exact. Without the instruction: rebias the exponent; a subnormal
+// number, m * 2^-24, is what m adds to the bits of 0.5, so no operand is a subnormal float.
+template <class X>
+AE_INLINE Retype<X, float> f16_to_float(X half) {
+#if defined(__AVX512F__)
+  if constexpr (kLanes<X> == 16) return (Retype<X, float>)_mm512_cvtph_ps((__m256i)half);
+#endif
+#if defined(__F16C__)
+  if constexpr (kLanes<X> == 8) {
+    return (Retype<X, float>)_mm256_cvtph_ps((__m128i)half);
+  } else if constexpr (kLanes<X> == 4) {
+    const __m128i low = _mm_cvtsi64_si128(__builtin_bit_cast(int64_t, half));
+    return (Retype<X, float>)_mm_cvtph_ps(low);
+  } else if constexpr (Scalar<X>) {
+    return _cvtsh_ss(half);
+  }
+#endif
+  const auto u = convert<int32_t>(half);
+  const auto magnitude = u & 0x7fff;
+  const auto tiny = bits_as<int32_t>(bits_as<float>(magnitude + 0x3f000000) - 0.5f);
+  const auto normal = (magnitude << 13) + 0x38000000;   // 112 << 23
+  const auto special = (magnitude << 13) | 0x7f800000;  // infinity and NaN
+  const auto large = magnitude < 0x7c00 ? normal : special;
+  return bits_as<float>((magnitude < 0x400 ? tiny : large) | (u & 0x8000) << 16);
+}
+
+// Float to the bits of float16, nearest even, infinite from 65520 on; NaN stays NaN. Without the
+// instruction: below 2^-14 the spacing is that of floats at 0.5, 2^-24; above, round away 13 bits.
+template <class X>
+AE_INLINE Retype<X, uint16_t> float_to_f16(X x) {
+  using H [[maybe_unused]] = Retype<X, uint16_t>;
+#if defined(__AVX512F__)
+  if constexpr (kLanes<X> == 16) {
+    return (H)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+  }
+#endif
+#if defined(__F16C__)
+  if constexpr (kLanes<X> == 8) {
+    return (H)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+  } else if constexpr (kLanes<X> == 4) {
+    const __m128i low = _mm_cvtps_ph((__m128)x, _MM_FROUND_TO_NEAREST_INT);
+    return __builtin_bit_cast(H, _mm_cvtsi128_si64(low));
+  } else if constexpr (Scalar<X>) {
+    return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+  }
+#endif
+  using I = Retype<X, int32_t>;
+  const I u = bits_as<int32_t>(x);
+  const I magnitude = u & 0x7fffffff;
+  const I tiny = bits_as<int32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000;
+  const I normal = (magnitude + (0xfff - 0x38000000) + ((magnitude >> 13) & 1)) >> 13;
+  const I finite = magnitude < 0x38800000 ? tiny : normal;
+  const I special = magnitude > 0x7f800000 ? I{} + 0x7e00 : I{} + 0x7c00;
+  return convert<uint16_t>((magnitude < 0x477ff000 ? finite : special) | (u >> 16 & 0x8000));
+}
+
 template <class X>
 AE_INLINE auto to_f32(X x) {
   return convert<float>(x);

@@ -183,27 +183,7 @@ AE_INLINE X round_bf16(X x) {
 // Round to the nearest float16, ties to even; the result stays float.
 template <class X>
 AE_INLINE X round_f16(X x) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(X) == 64) {
-    return (X)_mm512_cvtph_ps(_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
-  }
-#endif
-#if defined(__F16C__)
-  if constexpr (sizeof(X) == 32) {
-    return (X)_mm256_cvtph_ps(_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
-  }
-#endif
-  // Adding and subtracting 2^13 times the unit in the last place rounds away the 13 bits that
-  // float16 lacks. Below its smallest normal 2^-14 the spacing is constant, 2^-24.
-  auto u = bits_as<uint32_t>(x);
-  auto sign = u & 0x80000000u;
-  auto magnitude = u & 0x7fffffffu;
-  auto normal = (magnitude + 0xfff + ((magnitude >> 13) & 1)) & 0xffffe000u;
-  auto tiny = bits_as<uint32_t>((bits_as<float>(magnitude) + 0.5f) - 0.5f);
-  auto zero = Retype<X, uint32_t>{};
-  auto finite = magnitude < 0x38800000u ? tiny : normal;               // 2^-14
-  auto bounded = finite >= 0x47800000u ? zero + 0x7f800000u : finite;  // 65536 and above
-  return bits_as<float>(sign | (magnitude > 0x7f800000u ? magnitude : bounded));
+  return f16_to_float(float_to_f16(x));
 }
 
 }  // namespace ae

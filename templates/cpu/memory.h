@@ -2,9 +2,7 @@
 // vectors, and widening of stored elements to the accumulator type. Everything inlines to one or
 // two instructions.
 #pragma once
-#include "cpu/lanes.h"
-
-#define AE_INLINE inline __attribute__((always_inline))
+#include "cpu/math_convert.h"
 
 namespace ae {
 
@@ -33,6 +31,8 @@ template <class A, class E>
 AE_INLINE A widen(E x) {
   if constexpr (__is_same(E, bf16)) {
     return A(__builtin_bit_cast(float, uint32_t(x.bits) << 16));
+  } else if constexpr (__is_same(E, f16)) {
+    return A(f16_to_float(x.bits));
   } else {
     return A(x);
   }
@@ -41,6 +41,8 @@ template <class E, class A>
 AE_INLINE E narrow(A x) {
   if constexpr (__is_same(E, bf16)) {
     return bf16_from_float(float(x));
+  } else if constexpr (__is_same(E, f16)) {
+    return f16{float_to_f16(float(x))};
   } else {
     return E(x);
   }
@@ -55,6 +57,9 @@ AE_INLINE typename Lanes<A>::Acc load_widened(const E* p) {
     using U = Vector<uint32_t, L::W>;
     const U u = __builtin_convertvector(load_vector<H>(p), U) << 16;
     return __builtin_convertvector((typename L::F32)u, typename L::Acc);
+  } else if constexpr (__is_same(E, f16)) {
+    const auto half = load_vector<Vector<uint16_t, L::W>>(p);
+    return __builtin_convertvector(f16_to_float(half), typename L::Acc);
   } else {
     return __builtin_convertvector(load_vector<Vector<E, L::W>>(p), typename L::Acc);
   }
@@ -70,6 +75,8 @@ AE_INLINE void store_narrowed(E* p, V x) {
     const U quiet = (u >> 16) | 0x40u;
     const U bits = (U)((u & 0x7fffffffu) > 0x7f800000u) ? quiet : rounded;
     store_vector(p, __builtin_convertvector(bits, H));
+  } else if constexpr (__is_same(E, f16)) {
+    store_vector(p, float_to_f16(__builtin_convertvector(x, Vector<float, W>)));
   } else {
     store_vector(p, __builtin_convertvector(x, Vector<E, W>));
   }

@@ -18,6 +18,7 @@ constexpr int32_t kIsa = AE_ISA_PORTABLE;
 
 template <class E>
 constexpr int32_t dtype_of() {
+  if (__is_same(E, f16)) return AE_F16;
   return __is_same(E, float) ? AE_F32 : __is_same(E, double) ? AE_F64 : AE_BF16;
 }
 

@@ -227,18 +227,22 @@ bool pack_transposed(M* dst, const Row& row, int64_t col, int n, int rows, const
   using E = typename Pointee<decltype(row(0))>::type;
   using H = typename Packed<A, M>::V;
   using Unit = Vector<decltype(mask_element<A>()), W>;
-  constexpr bool kRaw = __is_same(M, E) && __is_same(Mod, NoMod);
+  constexpr bool kWhole = (__is_same(M, E) || __is_same(M, A)) && __is_same(Mod, NoMod);
   NonFinite<A, M> bad;
   for (int i0 = 0; i0 < n; i0 += W) {
     for (int u0 = 0; u0 < kUnits; u0 += W) {
       Unit block[W];
       M* out = dst + (int64_t(u0) * rows + i0) * kPair;
-      if (kRaw && col == 1 && i0 + W <= n && (u0 + W) * kPair <= D) {
+      if (kWhole && col == 1 && i0 + W <= n && (u0 + W) * kPair <= D) {
 #pragma GCC unroll 16
         for (int i = 0; i < W; ++i) {
           const E* p = row(i0 + i) + u0 * kPair;
           __builtin_prefetch(p + ahead, 0, 2);
-          block[i] = load_vector<Unit>(p);
+          if constexpr (__is_same(M, E)) {
+            block[i] = load_vector<Unit>(p);
+          } else {
+            block[i] = (Unit)load_widened<A>(p);
+          }
           bad.add_units(block[i]);
         }
         transpose<1>(block);

@@ -6,6 +6,7 @@
 #include <limits>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -54,6 +55,23 @@ void test_bf16() {
   CHECK(ae::float_to_bf16(1.01171875f) == 0x3f82);  // halfway: to even, up
   CHECK(ae::float_to_bf16(std::numeric_limits<float>::infinity()) == 0x7f80);
   CHECK(std::isnan(ae::bf16_to_float(ae::float_to_bf16(std::nanf("")))));
+}
+
+void test_f16() {
+  const float subnormal = 3 * 0x1p-24f;
+  for (const auto& [x, bits] : {std::pair{1.0f, 0x3c00},
+                                {-2.5f, 0xc100},
+                                {65504.0f, 0x7bff},
+                                {subnormal, 3},
+                                {0x1p-14f, 0x400},
+                                {HUGE_VALF, 0x7c00}}) {
+    CHECK(ae::float_to_f16(x) == bits && ae::f16_to_float(uint16_t(bits)) == x);
+  }
+  CHECK(ae::float_to_f16(1 + 0x1p-11f) == 0x3c00);  // halfway: to even, down
+  CHECK(ae::float_to_f16(1 + 0x3p-11f) == 0x3c02);  // halfway: to even, up
+  CHECK(ae::float_to_f16(0x1p-25f) == 0 && ae::float_to_f16(0x3p-25f) == 2);
+  CHECK(ae::float_to_f16(65519) == 0x7bff && ae::float_to_f16(-65520) == 0xfc00);
+  CHECK(std::isnan(ae::f16_to_float(ae::float_to_f16(std::nanf("")))));
 }
 
 template <class T>
@@ -193,9 +211,11 @@ int main(int argc, char** argv) {
   }
   test_layout();
   test_bf16();
+  test_f16();
   test_batch_sum<float>(AE_F32, 0.5f, 1.5f);
   test_batch_sum<double>(AE_F64, 0.5, 1.5);
   test_batch_sum<uint16_t>(AE_BF16, 0x3f00, 0x3fc0);
+  test_batch_sum<uint16_t>(AE_F16, 0x3800, 0x3e00);
   for (const int64_t n : {0, 1, 2, 1000}) {
     test_tasks<threads_pool>(n, 4);
     test_tasks<nested_pool>(n, 4);
