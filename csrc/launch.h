@@ -2,6 +2,7 @@
 // pool and the fault report.
 #pragma once
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -17,6 +18,23 @@ inline void torch_pool(int64_t workers, void (*body)(int64_t, int64_t, void*), v
 
 inline void parallel_for(int64_t n, int32_t threads, ae_task task, void* arg) {
   run_tasks<torch_pool>(n, threads, task, arg);
+}
+
+// Zeroes a buffer with the pool: one core writes half as fast as the memory takes it.
+inline void clear(void* data, int64_t bytes) {
+  struct Range {
+    char* data;
+    int64_t bytes;
+  } range{static_cast<char*>(data), bytes};
+  constexpr int64_t kBlock = int64_t{1} << 20;
+  const auto clear_block = [](void* arg, int64_t block, int32_t) {
+    const auto* r = static_cast<Range*>(arg);
+    const int64_t left = r->bytes - block * kBlock;
+    std::memset(r->data + block * kBlock, 0, static_cast<size_t>(left < kBlock ? left : kBlock));
+  };
+  uint32_t threads = 1;
+  if (bytes > kLargeBufferBytes) AE_TORCH(torch_get_num_threads(&threads));
+  parallel_for((bytes + kBlock - 1) / kBlock, static_cast<int32_t>(threads), clear_block, &range);
 }
 
 // The launch's view of the captured tensors, in the kernel's order.
@@ -49,34 +67,25 @@ class Captures {
   std::unique_ptr<ae_capture[]> more_;
 };
 
-// Scratch for one launch: the thread's own buffer, or a tensor when that is too small or in use.
+// Scratch for one launch: the thread's own buffer, or a large one when that is too small or in use.
 class Workspace {
  public:
   explicit Workspace(int64_t bytes) {
     if (bytes <= 0) return;
     data_ = ThreadBuffer::of_this_thread().acquire(bytes);
-    cached_ = data_ != nullptr;
-    if (!cached_) {
-      const int64_t stride = 1;
-      const int64_t padded = bytes + kAlignment;
-      tensor_ = allocate(&padded, &stride, 1, AE_U8);
-      const auto address = reinterpret_cast<uintptr_t>(tensor_.data());
-      data_ = reinterpret_cast<void*>((address + kAlignment - 1) & ~uintptr_t{kAlignment - 1});
-    }
+    if (data_ == nullptr) data_ = large_.emplace(bytes).data();
     poison(data_, bytes);
   }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
   ~Workspace() {
-    if (cached_) ThreadBuffer::of_this_thread().release();
+    if (data_ != nullptr && !large_) ThreadBuffer::of_this_thread().release();
   }
   void* data() const { return data_; }
 
  private:
-  static constexpr int64_t kAlignment = 64;  // a cache line, the widest vector load
   void* data_ = nullptr;
-  bool cached_ = false;
-  Tensor tensor_;
+  std::optional<LargeBuffer> large_;
 };
 
 inline void copy4(int64_t* to, const int64_t* from) {
@@ -112,8 +121,8 @@ inline void fill_params(ae_params& p, const Tensor& q, const Tensor& k, const Te
 
 // Runs the kernel; throws std::out_of_range (IndexError) when a live key's gather left its tensor.
 inline void launch(const Kernel& kernel, ae_params& p) {
-  p.threads = 1;
-  if (launch_macs(p, kernel.info.D, kernel.info.Dv) > kSerialMacs) {
+  p.threads = launch_threads(p, kernel.info, 2);
+  if (p.threads > 1) {
     uint32_t threads;
     AE_TORCH(torch_get_num_threads(&threads));
     p.threads = static_cast<int32_t>(threads);

@@ -48,4 +48,9 @@ inline double launch_macs(const ae_params& p, int32_t D, int32_t Dv) {
          static_cast<double>(p.S) * (D + Dv);
 }
 
+// Of the threads that the pool offers, those that a launch uses.
+inline int32_t launch_threads(const ae_params& p, const ae_module_info& info, int32_t offered) {
+  return launch_macs(p, info.D, info.Dv) > kSerialMacs ? offered : 1;
+}
+
 }  // namespace ae

@@ -1,16 +1,81 @@
-// Scratch memory for launches: small requests reuse one buffer per thread, large ones do not.
+// Scratch memory for launches: small requests reuse one buffer per thread, large ones one buffer of
+// the process.
 #pragma once
+#include <sys/mman.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <mutex>
 #include <new>
+#include <utility>
 
 namespace ae {
 
-// Cached up to this size; kernels keep their tiles in L1/L2, so common launches fit. Larger
-// requests go to the allocator each time, so that a thread never holds on to more than this.
+// Kernels keep their tiles in L1/L2, so small launches fit; a thread never holds on to more.
 inline constexpr int64_t kCachedWorkspaceBytes = int64_t{1} << 20;
 inline constexpr size_t kWorkspaceAlignment = 4096;  // a page: the same L1 sets at every run
+
+// Asks for pages of 2 MiB before a large buffer is touched for the first time: a buffer of this
+// size comes fresh from the kernel, and page faults took a fifth of a forward and backward (bf16,
+// H=8, S=2048, D=64). Only advice: where it is not followed, nothing changes.
+inline constexpr int64_t kLargeBufferBytes = int64_t{4} << 20;
+
+inline void advise_large_pages(void* data, int64_t bytes) {
+  if (bytes < kLargeBufferBytes) return;
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const auto address = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t begin = (address + kPage - 1) & ~(kPage - 1);
+  const uintptr_t end = (address + static_cast<uintptr_t>(bytes)) & ~(kPage - 1);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
+
+// One large buffer that the process keeps between launches, so that layers which run one after the
+// other touch fresh pages once. A launch that finds it taken or too small allocates its own; the
+// larger one is kept, up to kKeptBytes.
+class LargeBuffer {
+ public:
+  static constexpr int64_t kKeptBytes = int64_t{64} << 20;
+
+  explicit LargeBuffer(int64_t bytes) {
+    {
+      const std::lock_guard<std::mutex> lock(kept().mutex);
+      std::swap(block_, kept().block);
+    }
+    if (block_.bytes >= bytes) return;
+    std::free(block_.data);
+    constexpr int64_t kPage = int64_t{2} << 20;
+    block_.bytes = (bytes + kPage - 1) / kPage * kPage;
+    block_.data = std::aligned_alloc(kPage, static_cast<size_t>(block_.bytes));
+    if (block_.data == nullptr) throw std::bad_alloc();
+    advise_large_pages(block_.data, block_.bytes);
+  }
+  LargeBuffer(const LargeBuffer&) = delete;
+  LargeBuffer& operator=(const LargeBuffer&) = delete;
+  ~LargeBuffer() {
+    if (block_.bytes <= kKeptBytes) {
+      const std::lock_guard<std::mutex> lock(kept().mutex);
+      if (block_.bytes > kept().block.bytes) std::swap(block_, kept().block);
+    }
+    std::free(block_.data);
+  }
+  void* data() const { return block_.data; }
+
+ private:
+  struct Block {
+    void* data = nullptr;
+    int64_t bytes = 0;
+  };
+  struct Kept {
+    std::mutex mutex;
+    Block block;
+  };
+  static Kept& kept() {
+    static Kept* one = new Kept;  // outlives every thread that might still launch at exit
+    return *one;
+  }
+  Block block_;
+};
 
 class ThreadBuffer {
  public:
