@@ -9,6 +9,13 @@ def kernel_info(kernel: int) -> dict[str, object]: ...
 def classify(
     kernel: int, sizes: Sequence[int], captures: Sequence[_Capture], b: int, h: int
 ) -> bytes: ...
+def workspace_bytes(
+    kernel: int,
+    sizes: Sequence[int],
+    shared_keys: bool,
+    captures: Sequence[_Capture],
+    threads: int,
+) -> int: ...
 def check_forward(
     kernel: int, q: _Tensor, k: _Tensor, v: _Tensor, captures: Sequence[_Tensor]
 ) -> None: ...

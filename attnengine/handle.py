@@ -13,6 +13,7 @@ from .backward import TRANSFORMS, apply
 from .dispatch import Pipeline, Program
 from .explain import describe
 from .masks import TileTable, tile_table
+from .memory import Memory, memory_of
 from .plan import Plan
 from .spec import AttentionSpec
 
@@ -221,6 +222,26 @@ class Handle:
         return tile_table(
             self.program.forward(), self.tensors, self.plan.block_m, self.plan.block_n,
             self.plan.pack_group, (B, *heads, L, S), b, h,
+        )  # fmt: skip
+
+    def memory(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        backward: bool = True,
+        threads: int | None = None,
+    ) -> Memory:
+        """Bytes that a call on tensors of these sizes takes, by what they hold.
+
+        Nothing is allocated: q [B, Hq, L, D], k [B or 1, Hkv, S, D] and v [B or 1, Hkv, S, Dv] may
+        be on the meta device. ``threads``: None for torch.get_num_threads(). Raises RuntimeError
+        when ``backward`` is asked of a spec that has no gradient.
+        """
+        return memory_of(
+            self.program.forward(), self.program.backward() if backward else None,
+            q, k, v, self.tensors, threads or torch.get_num_threads(),
         )  # fmt: skip
 
     def __repr__(self) -> str:

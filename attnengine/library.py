@@ -116,6 +116,24 @@ def classify(
     return np.frombuffer(runs, dtype=np.int32).reshape(-1, 4)
 
 
+def workspace_bytes(
+    kernel: int,
+    sizes: Sequence[int],
+    captures: Sequence[torch.Tensor] = (),
+    *,
+    shared_keys: bool = False,
+    threads: int = 1,
+) -> int:
+    """Bytes of scratch that one launch of a kernel takes; nothing is allocated.
+
+    ``sizes`` is (B, Hq, Hkv, L, S). ``shared_keys``: K and V have batch 1 and serve the whole
+    batch. ``threads``: of the pool; small launches use one. Only the sizes, strides and types of
+    ``captures`` are read. Raises ValueError when no kernel has this id or captures do not fit it.
+    """
+    tensors = [(0, tuple(t.shape), t.stride(), DTYPE_CODES[t.dtype]) for t in captures]
+    return host.workspace_bytes(kernel, list(sizes), shared_keys, tensors, threads)
+
+
 def cpu_isa() -> str:
     """Best instruction set of this CPU: avx512_bf16, avx512, avx2 or portable."""
     return host.cpu_isa()

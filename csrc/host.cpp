@@ -104,47 +104,72 @@ py::dict kernel_info(int64_t id) {
   return d;
 }
 
+// Parameters that hold sizes and captured tensors, and no operands.
+class SizesOnly {
+ public:
+  SizesOnly(const std::array<int64_t, 5>& sizes, const std::vector<CaptureArg>& captures)
+      : captures_(captures.size()) {
+    for (size_t i = 0; i < captures.size(); ++i) {
+      const auto& [address, shape, strides, dtype] = captures[i];
+      if (shape.size() > AE_MAX_RANK || shape.size() != strides.size()) {
+        throw py::value_error("captures[" + std::to_string(i) +
+                              "]: shape and strides must have the same length, at most " +
+                              std::to_string(AE_MAX_RANK));
+      }
+      ae_capture& c = captures_[i];
+      c.data = reinterpret_cast<const void*>(address);
+      c.rank = static_cast<int32_t>(shape.size());
+      c.dtype = dtype;
+      std::copy(shape.begin(), shape.end(), c.size);
+      std::copy(strides.begin(), strides.end(), c.stride);
+    }
+    p.abi_version = AE_ABI_VERSION;
+    p.bytes = sizeof(ae_params);
+    p.B = sizes[0];
+    p.Hq = sizes[1];
+    p.Hkv = sizes[2];
+    p.L = sizes[3];
+    p.S = sizes[4];
+    p.captures = captures_.data();
+    p.capture_count = static_cast<int32_t>(captures_.size());
+    p.threads = 1;
+    p.fault = &fault_;
+  }
+  SizesOnly(const SizesOnly&) = delete;
+  SizesOnly& operator=(const SizesOnly&) = delete;
+  ae_params p{};
+
+ private:
+  std::vector<ae_capture> captures_;
+  int32_t fault_ = 0;
+};
+
 // The runs as the bytes of an int32 [runs, 4] array.
 py::bytes classify(int64_t id, const std::array<int64_t, 5>& sizes,
                    const std::vector<CaptureArg>& captures, int64_t b, int64_t h) {
-  std::vector<ae_capture> tensors(captures.size());
-  for (size_t i = 0; i < captures.size(); ++i) {
-    const auto& [address, shape, strides, dtype] = captures[i];
-    if (shape.size() > AE_MAX_RANK || shape.size() != strides.size()) {
-      throw py::value_error("captures[" + std::to_string(i) +
-                            "]: shape and strides must have the " + "same length, at most " +
-                            std::to_string(AE_MAX_RANK));
-    }
-    tensors[i].data = reinterpret_cast<const void*>(address);
-    tensors[i].rank = static_cast<int32_t>(shape.size());
-    tensors[i].dtype = dtype;
-    std::copy(shape.begin(), shape.end(), tensors[i].size);
-    std::copy(strides.begin(), strides.end(), tensors[i].stride);
-  }
-  int32_t fault = 0;
-  ae_params p{};
-  p.abi_version = AE_ABI_VERSION;
-  p.bytes = sizeof(ae_params);
-  p.B = sizes[0];
-  p.Hq = sizes[1];
-  p.Hkv = sizes[2];
-  p.L = sizes[3];
-  p.S = sizes[4];
-  p.captures = tensors.data();
-  p.capture_count = static_cast<int32_t>(tensors.size());
-  p.threads = 1;
-  p.fault = &fault;
+  const SizesOnly only(sizes, captures);
   char error[kErrorBytes];
   std::vector<ae_row_run> runs(4096);
   for (;;) {
-    const int64_t n = api().classify(id, &p, b, h, runs.data(), static_cast<int64_t>(runs.size()),
-                                     error, kErrorBytes);
+    const int64_t n = api().classify(id, &only.p, b, h, runs.data(),
+                                     static_cast<int64_t>(runs.size()), error, kErrorBytes);
     if (n < 0) throw py::value_error(error);
     const bool fits = n <= static_cast<int64_t>(runs.size());
     runs.resize(static_cast<size_t>(n));
     if (fits) break;
   }
   return py::bytes(reinterpret_cast<const char*>(runs.data()), runs.size() * sizeof(ae_row_run));
+}
+
+int64_t workspace_bytes(int64_t id, const std::array<int64_t, 5>& sizes, bool shared_keys,
+                        const std::vector<CaptureArg>& captures, int32_t threads) {
+  SizesOnly only(sizes, captures);
+  only.p.threads = threads;
+  if (!shared_keys) only.p.k_stride[0] = only.p.v_stride[0] = 1;  // one K and V per batch element
+  char error[kErrorBytes];
+  const int64_t bytes = api().workspace_bytes(id, &only.p, error, kErrorBytes);
+  if (bytes < 0) throw py::value_error(error);
+  return bytes;
 }
 
 ae_host_tensor as_host(const TensorArg& x) {
@@ -180,6 +205,10 @@ PYBIND11_MODULE(_host, m) {
         "Runs of KV tiles, the bytes of int32 [runs, 4] (row, begin, end, class); sizes = (B, Hq, "
         "Hkv, L, "
         "S).");
+  m.def("workspace_bytes", &workspace_bytes, py::arg("kernel"), py::arg("sizes"),
+        py::arg("shared_keys"), py::arg("captures"), py::arg("threads"),
+        "Scratch of one launch in bytes; sizes = (B, Hq, Hkv, L, S), shared_keys: the whole batch "
+        "has one K and V.");
   m.def("check_forward", &check_forward, py::arg("kernel"), py::arg("q"), py::arg("k"),
         py::arg("v"), py::arg("captures"),
         "The operator's argument checks on (shape, dtype code, device code, device index) tuples.");

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "parallel.h"
 #include "tensor.h"
 
 namespace {
@@ -78,6 +79,17 @@ int64_t classify(int64_t id, const ae_params* params, int64_t b, int64_t h, ae_r
   });
 }
 
+int64_t workspace_bytes(int64_t id, const ae_params* params, char* error, int64_t error_bytes) {
+  return guarded<int64_t>(error, error_bytes, [&]() -> int64_t {
+    const ae::Kernel& kernel = kernel_of(id);
+    ae::check_capture_count(kernel.info, params->capture_count);
+    if (params->B == 0 || params->Hq == 0 || params->L == 0) return 0;  // nothing is launched
+    ae_params p = *params;
+    p.threads = ae::launch_threads(p, kernel.info, p.threads);
+    return kernel.workspace_bytes(&p);
+  });
+}
+
 ae::TensorView as_view(const char* name, const ae_host_tensor& x) {
   return {name,
           nullptr,
@@ -107,9 +119,9 @@ int32_t cpu_isa() { return ae::cpu_isa(); }
 
 void set_poison(int32_t on) { ae::poison_buffers.store(on != 0); }
 
-constexpr ae_host_api kApi = {AE_HOST_API_VERSION, load_kernel,    kernel_info,
-                              kernel_path,         kernel_capture, classify,
-                              check_forward,       cpu_isa,        set_poison};
+constexpr ae_host_api kApi = {
+    AE_HOST_API_VERSION, load_kernel,   kernel_info, kernel_path, kernel_capture, classify,
+    workspace_bytes,     check_forward, cpu_isa,     set_poison};
 
 }  // namespace
 

@@ -9,7 +9,7 @@
 extern "C" {
 #endif
 
-#define AE_HOST_API_VERSION 2  // bump on any change of ae_host_api
+#define AE_HOST_API_VERSION 3  // bump on any change of ae_host_api
 
 // One tensor argument for the argument checks; `device` is ae::DeviceKind.
 typedef struct ae_host_tensor {
@@ -34,6 +34,8 @@ typedef struct ae_host_api {
   // The number of runs (as in ae_classify).
   int64_t (*classify)(int64_t id, const ae_params* params, int64_t b, int64_t h, ae_row_run* out,
                       int64_t capacity, char* error, int64_t error_bytes);
+  // Bytes of scratch that a launch of these sizes on params->threads threads takes; -1: an error.
+  int64_t (*workspace_bytes)(int64_t id, const ae_params* params, char* error, int64_t error_bytes);
   // The checks that forward applies to q, k, v and captures. 0 = they pass.
   int32_t (*check_forward)(int64_t id, const ae_host_tensor* qkv, const ae_host_tensor* captures,
                            int32_t capture_count, char* error, int64_t error_bytes);

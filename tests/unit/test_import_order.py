@@ -20,7 +20,9 @@ STAGES: dict[str, tuple[str, ...]] = {
     "plan": ("arch", "plan"),
     "generate": ("emit", "unit", "source", "source_backward"),
     "build": ("cache_entry", "cache_lock", "cache", "cache_upkeep", "compiler", "staging", "build"),
-    "run": ("library", "masks", "dispatch", "explain", "ops", "backward", "handle", "api"),
+    "run": (
+        "library", "masks", "memory", "dispatch", "explain", "ops", "backward", "handle", "api",
+    ),
     "faces": ("demo", "cli"),
 }
 ORDER = [module for modules in STAGES.values() for module in modules]
