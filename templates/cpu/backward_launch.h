@@ -88,11 +88,11 @@ class BackwardLaunch {
   Env env() const { return {p.captures, p.fault, p.S}; }
 
   Head head(int64_t slot) const {
-    char* base = base_ + slot * memory_.head_bytes;
+    const BackwardHeadMemory<Plan, Fn>& m = memory_.head;
+    char* base = base_ + slot * m.bytes;
     const auto mul = [&](int64_t offset) { return reinterpret_cast<M*>(base + offset); };
     const auto acc = [&](int64_t offset) { return reinterpret_cast<A*>(base + offset); };
     const auto flags = [&](int64_t offset) { return reinterpret_cast<uint8_t*>(base + offset); };
-    const BackwardMemory<Plan, Fn>& m = memory_;
     const int64_t index = first_head_ + slot;
     return {index / p.Hkv,      index % p.Hkv,      mul(m.q),          mul(m.q_by_row),
             mul(m.dout),        mul(m.dout_by_row), mul(m.k_by_row),   mul(m.k_by_column),
@@ -122,8 +122,11 @@ class BackwardLaunch {
     Grads g;
     for (int i = 0; i < Fn::kCaptures; ++i) {
       if (!(Fn::kGradMask >> i & 1)) continue;
-      g.at[i] = is_private(i) ? private_grad(i) + slot * capture_elements(p.captures[i])
-                              : static_cast<A*>(p.captures[i].grad);
+      g.at[i] = static_cast<A*>(p.captures[i].grad);
+      if (is_private(i)) {
+        const int64_t copy = decision.owners(i).copy_of(slot, cut);
+        g.at[i] = private_grad(i) + copy * capture_elements(p.captures[i]);
+      }
     }
     return g;
   }
@@ -238,8 +241,8 @@ class BackwardLaunch {
     for (int i = 0; i < Fn::kCaptures; ++i) {
       if (!is_private(i)) continue;
       const int64_t n = capture_elements(p.captures[i]);
-      parallel(cut.slots(), [this, i, n](int64_t slot, int32_t) {
-        __builtin_memset(private_grad(i) + slot * n, 0, uint64_t(n) * sizeof(A));
+      parallel(decision.owners(i).copies(cut), [this, i, n](int64_t copy, int32_t) {
+        __builtin_memset(private_grad(i) + copy * n, 0, uint64_t(n) * sizeof(A));
       });
     }
   }
@@ -248,12 +251,12 @@ class BackwardLaunch {
     constexpr int64_t kBlock = 4096;  // elements of one task
     for (int i = 0; i < Fn::kCaptures; ++i) {
       if (!is_private(i)) continue;
-      const int64_t n = capture_elements(p.captures[i]);
-      parallel((n + kBlock - 1) / kBlock, [this, i, n](int64_t block, int32_t) {
+      const int64_t n = capture_elements(p.captures[i]), copies = decision.owners(i).copies(cut);
+      parallel((n + kBlock - 1) / kBlock, [this, i, n, copies](int64_t block, int32_t) {
         const int64_t end = (block + 1) * kBlock < n ? (block + 1) * kBlock : n;
         A* sum = static_cast<A*>(p.captures[i].grad);
-        for (int64_t slot = 0; slot < cut.slots(); ++slot) {
-          const A* copy = private_grad(i) + slot * n;
+        for (int64_t c = 0; c < copies; ++c) {
+          const A* copy = private_grad(i) + c * n;
           for (int64_t e = block * kBlock; e < end; ++e) sum[e] += copy[e];
         }
       });

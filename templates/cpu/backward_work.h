@@ -1,6 +1,7 @@
 // How the backward pass of one launch is cut and where its memory lies: sizes only, no arithmetic
-// on data. Everything here depends on the tensor sizes and Plan::kVirtualWorkers, never on the
-// threads, so that the order of every sum, and with it every bit of the result, is fixed.
+// on data. The order of every sum, and with it every bit of the result, depends on the tensor sizes
+// and Plan::kVirtualWorkers, never on the threads: they only decide how many heads are in flight,
+// and that only where no captured tensor sums over heads.
 #pragma once
 #include "cpu/pack.h"
 
@@ -12,9 +13,17 @@ struct GradInfo {
   bool needs, owned_b, owned_h, owned_q, owned_k;
 };
 
-// Bytes that all private copies of captured gradients may take together; beyond it the tasks that
-// would collide run one after the other.
-constexpr int64_t kPrivateGradBytes = int64_t(64) << 20;
+// The heads in flight and the private copies of captured gradients together take at most this many
+// times the bytes of q, k and v, where one head in flight allows it.
+constexpr int64_t kWorkspacePerOperand = 2;
+
+// Bytes that all private copies of captured gradients may take together: always the first, never
+// more than the second. Beyond it the tasks that would collide run one after the other.
+constexpr int64_t kMinPrivateGradBytes = int64_t(1) << 20;
+constexpr int64_t kMaxPrivateGradBytes = int64_t(64) << 20;
+
+// Captured gradients fix the number of heads in flight; it serves this many threads at least.
+constexpr int64_t kFixedWorkers = 8;
 
 // Chunks have at least this many tiles when there is a choice: operands stay in the second cache
 // while they are used, yet the workspace of the heads in flight stays small.
@@ -109,13 +118,27 @@ inline BackwardCut cut_backward(int64_t workers, int64_t heads, int64_t row_tile
   return {grid, n, at_most(together, (workers + n - 1) / n)};
 }
 
-// Whether tasks that run at the same time may add into one accumulator of this captured gradient.
-inline bool adds_apart(const GradInfo& g, const BackwardCut& cut, int64_t B, int64_t Hkv) {
-  const bool heads = cut.heads == 1 || ((g.owned_b || B == 1) && (g.owned_h || Hkv == 1));
-  const bool rows = g.owned_q && cut.grid != BackwardGrid::kPrivateDq;
-  const bool keys = g.owned_k && cut.grid != BackwardGrid::kPrivateDkv;
-  return heads && (cut.n == 1 || rows || keys);
-}
+// Which tasks that run at the same time never add to the same element of this captured gradient.
+struct GradOwners {
+  bool heads;  // tasks of different heads
+  bool tasks;  // tasks of one head
+
+  GradOwners(const GradInfo& g, const BackwardCut& cut, int64_t B, int64_t Hkv) {
+    heads = cut.heads == 1 || ((g.owned_b || B == 1) && (g.owned_h || Hkv == 1));
+    const bool rows = g.owned_q && cut.grid != BackwardGrid::kPrivateDq;
+    const bool keys = g.owned_k && cut.grid != BackwardGrid::kPrivateDkv;
+    tasks = cut.n == 1 || rows || keys;
+  }
+  bool share() const { return heads && tasks; }  // one accumulator serves all
+  // Private copies otherwise, and the one that task `slot` of those that run together adds to.
+  int64_t copies(const BackwardCut& cut) const {
+    return (heads ? 1 : cut.heads) * (tasks ? 1 : cut.n);
+  }
+  int64_t copy_of(int64_t slot, const BackwardCut& cut) const {
+    const int64_t head = heads ? 0 : slot / cut.n, task = tasks ? 0 : slot % cut.n;
+    return head * (tasks ? 1 : cut.n) + task;
+  }
+};
 
 inline int64_t capture_elements(const ae_capture& c) {
   int64_t n = 1;
@@ -123,31 +146,117 @@ inline int64_t capture_elements(const ae_capture& c) {
   return n;
 }
 
-// The cut, and which captured gradients get one private copy per task slot (bit per capture).
+// Sections start on cache lines.
+inline int64_t take_section(int64_t& end, int64_t bytes) {
+  const int64_t begin = end;
+  end += round_up(bytes, 64);
+  return begin;
+}
+
+// Byte offsets in the memory of one head in flight.
+template <class Plan, class Fn>
+struct BackwardHeadMemory {
+  int64_t q, q_by_row, dout, dout_by_row;      // packed row tiles: A operands, B operands over rows
+  int64_t k_by_row, k_by_column, v_by_column;  // packed KV tiles: B operands
+  int64_t dq, dk, dv;                          // accumulators [copies][padded rows or keys][pitch]
+  int64_t scalars;                             // [padded rows][kRowScalars]
+  int64_t q_bad, dout_bad, k_bad;              // a byte per tile: some packed value is Inf or NaN
+  int64_t bytes = 0;
+
+  BackwardHeadMemory(const BackwardSizes<Plan>& s, const BackwardCut& cut) {
+    using A = typename Plan::Acc;
+    constexpr int64_t kAcc = sizeof(A), kMul = Plan::kBf16Dot ? 2 : sizeof(A);
+    constexpr int64_t kD = row_pitch<A>(Plan::kD), kDv = row_pitch<A>(Plan::kDv);
+    const int64_t rows = s.padded_rows(), keys = s.padded_keys();
+    const auto take = [&](int64_t n) { return take_section(bytes, n); };
+    q = take(rows * kD * kMul);
+    dout = take(rows * kDv * kMul);
+    q_by_row = Plan::kBf16Dot ? take(rows * kD * kMul) : q;
+    dout_by_row = Plan::kBf16Dot ? take(rows * kDv * kMul) : dout;
+    k_by_row = take(keys * kD * kMul);
+    k_by_column = take(keys * kD * kMul);
+    v_by_column = take(keys * kDv * kMul);
+    dq = take(cut.dq_copies() * rows * kD * kAcc);
+    dk = take(cut.dkv_copies() * keys * kD * kAcc);
+    dv = take(cut.dkv_copies() * keys * kDv * kAcc);
+    scalars = take(rows * Fn::kRowScalars * kAcc);
+    q_bad = take(s.row_tiles);
+    dout_bad = take(s.row_tiles);
+    k_bad = take(s.kv_tiles);
+  }
+};
+
+// The cut, within kWorkspacePerOperand, and which captured gradients have private copies (bit per
+// capture). A cut is tried with private copies first; when they take too much, one head at a time,
+// then tasks that cannot collide, and at last one task at a time.
 template <class Plan, class Fn>
 struct BackwardDecision {
   BackwardCut cut;
   uint64_t private_grads = 0;
 
-  BackwardDecision(const ae_params& p, const BackwardSizes<Plan>& s) {
+  BackwardDecision(const ae_params& p, const BackwardSizes<Plan>& s)
+      : p_(p), s_(s), budget_(kWorkspacePerOperand * operand_bytes()) {
+    const int64_t fewer = s.row_tiles < s.kv_tiles ? s.row_tiles : s.kv_tiles;
     cut = cut_backward(Plan::kVirtualWorkers, s.heads, s.row_tiles, s.kv_tiles, false);
-    if (private_copies(p) <= kPrivateGradBytes) return;
-    private_grads = 0;
+    BackwardCut one = cut;
+    one.heads = 1;
+    if (cut.grid != BackwardGrid::kCyclic && heads_bytes(one) > budget_) {
+      const int64_t n = fewer < 1 ? 1 : fewer;
+      cut = {BackwardGrid::kCyclic, n, cut.heads * cut.n / n};
+      cut.heads = cut.heads < s.heads ? cut.heads : s.heads;
+    }
+    limit_heads();
+    if (choose_private()) return;
     cut = cut_backward(Plan::kVirtualWorkers, s.heads, s.row_tiles, s.kv_tiles, true);
-    if (private_copies(p) > 0) cut = {BackwardGrid::kCyclic, 1, 1};
+    if (choose_private()) return;
+    cut = {BackwardGrid::kCyclic, 1,
+           s.heads < Plan::kVirtualWorkers ? s.heads : Plan::kVirtualWorkers};
+    limit_heads();
+    if (choose_private() && private_grads == 0) return;
+    cut = {BackwardGrid::kCyclic, 1, 1};
     private_grads = 0;
   }
 
+  GradOwners owners(int i) const { return {Fn::kGradInfo[i], cut, p_.B, p_.Hkv}; }
+
  private:
-  int64_t private_copies(const ae_params& p) {
+  const ae_params& p_;
+  const BackwardSizes<Plan> s_;
+  const int64_t budget_;
+
+  int64_t operand_bytes() const {
+    const int64_t batches = p_.k_stride[0] == 0 && p_.B > 0 ? 1 : p_.B;
+    return int64_t(sizeof(typename Plan::Elem)) *
+           (p_.B * p_.Hq * p_.L * Plan::kD + batches * p_.Hkv * p_.S * (Plan::kD + Plan::kDv));
+  }
+  int64_t heads_bytes(const BackwardCut& c) const {
+    return c.heads * BackwardHeadMemory<Plan, Fn>(s_, c).bytes;
+  }
+
+  // A power of two of heads within the budget, yet a task for every thread. Where captured tensors
+  // get gradients, the order of their sums depends on it, so the threads must not.
+  void limit_heads() {
+    const int64_t workers = Fn::kGradMask != 0 ? kFixedWorkers : p_.threads;
+    const int64_t needed = (workers + cut.n - 1) / cut.n;
+    if (heads_bytes(cut) <= budget_) return;
+    BackwardCut less = cut;
+    less.heads = 1;
+    while (less.heads < needed || 2 * heads_bytes(less) <= budget_) less.heads *= 2;
+    if (less.heads < cut.heads) cut = less;
+  }
+
+  // Finds the private copies that the cut needs; false when they take too much.
+  bool choose_private() {
+    private_grads = 0;
     int64_t bytes = 0;
     for (int i = 0; i < Fn::kCaptures; ++i) {
-      const GradInfo& g = Fn::kGradInfo[i];
-      if (!(Fn::kGradMask >> i & 1) || adds_apart(g, cut, p.B, p.Hkv)) continue;
+      if (!(Fn::kGradMask >> i & 1) || owners(i).share()) continue;
       private_grads |= uint64_t(1) << i;
-      bytes += cut.slots() * capture_elements(p.captures[i]) * int64_t(sizeof(typename Plan::Acc));
+      bytes += owners(i).copies(cut) * capture_elements(p_.captures[i]) *
+               int64_t(sizeof(typename Plan::Acc));
     }
-    return bytes;
+    if (bytes <= kMinPrivateGradBytes) return true;
+    return bytes <= kMaxPrivateGradBytes && bytes + heads_bytes(cut) <= budget_;
   }
 };
 
@@ -164,55 +273,22 @@ constexpr int64_t backward_scratch_bytes() {
 // then one scratch per worker.
 template <class Plan, class Fn>
 struct BackwardMemory {
-  // of one head slot
-  int64_t q, q_by_row, dout, dout_by_row;      // packed row tiles: A operands, B operands over rows
-  int64_t k_by_row, k_by_column, v_by_column;  // packed KV tiles: B operands
-  int64_t dq, dk, dv;                          // accumulators [copies][padded rows or keys][pitch]
-  int64_t scalars;                             // [padded rows][kRowScalars]
-  int64_t q_bad, dout_bad, k_bad;              // a byte per tile: some packed value is Inf or NaN
-  int64_t head_bytes = 0;
-
+  BackwardHeadMemory<Plan, Fn> head;
   int64_t grads[Fn::kCaptures > 0 ? Fn::kCaptures : 1] = {};
   int64_t scratch;
   int64_t total = 0;
 
   BackwardMemory(const ae_params& p, const BackwardSizes<Plan>& s,
-                 const BackwardDecision<Plan, Fn>& decision) {
+                 const BackwardDecision<Plan, Fn>& decision)
+      : head(s, decision.cut) {
     using A = typename Plan::Acc;
-    constexpr int64_t kAcc = sizeof(A), kMul = Plan::kBf16Dot ? 2 : sizeof(A);
-    constexpr int64_t kD = row_pitch<A>(Plan::kD), kDv = row_pitch<A>(Plan::kDv);
-    const BackwardCut& cut = decision.cut;
-    const int64_t rows = s.padded_rows(), keys = s.padded_keys();
-    const auto head = [&](int64_t bytes) { return take(head_bytes, bytes); };
-    q = head(rows * kD * kMul);
-    dout = head(rows * kDv * kMul);
-    q_by_row = Plan::kBf16Dot ? head(rows * kD * kMul) : q;
-    dout_by_row = Plan::kBf16Dot ? head(rows * kDv * kMul) : dout;
-    k_by_row = head(keys * kD * kMul);
-    k_by_column = head(keys * kD * kMul);
-    v_by_column = head(keys * kDv * kMul);
-    dq = head(cut.dq_copies() * rows * kD * kAcc);
-    dk = head(cut.dkv_copies() * keys * kD * kAcc);
-    dv = head(cut.dkv_copies() * keys * kDv * kAcc);
-    scalars = head(rows * Fn::kRowScalars * kAcc);
-    q_bad = head(s.row_tiles);
-    dout_bad = head(s.row_tiles);
-    k_bad = head(s.kv_tiles);
-
-    total = head_bytes * cut.heads;
+    total = head.bytes * decision.cut.heads;
     for (int i = 0; i < Fn::kCaptures; ++i) {
       if (!(decision.private_grads >> i & 1)) continue;
-      grads[i] = take(total, cut.slots() * capture_elements(p.captures[i]) * kAcc);
+      const int64_t copies = decision.owners(i).copies(decision.cut);
+      grads[i] = take_section(total, copies * capture_elements(p.captures[i]) * int64_t(sizeof(A)));
     }
-    scratch = take(total, round_up(backward_scratch_bytes<Plan>(), 64) * p.threads);
-  }
-
- private:
-  // Sections start on cache lines.
-  static int64_t take(int64_t& end, int64_t bytes) {
-    const int64_t begin = end;
-    end += round_up(bytes, 64);
-    return begin;
+    scratch = take_section(total, round_up(backward_scratch_bytes<Plan>(), 64) * p.threads);
   }
 };
 

@@ -254,6 +254,7 @@ void check_plan(const char* name, double tolerance) {
 
 // Cuts of sizes that are too large to run here.
 struct Bias {  // a captured [heads, keys] tensor, its gradient scattered at [h, k]
+  static constexpr int kRowScalars = 2;
   static constexpr int kCaptures = 1;
   static constexpr uint64_t kGradMask = 1;
   static constexpr ae::GradInfo kGradInfo[1] = {{true, false, true, false, true}};
