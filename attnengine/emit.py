@@ -272,7 +272,10 @@ class Emitter:
             if start is not None:
                 function, indices[-1] = "gather_run", start
         args = [self.env, str(n.attr[0]), live, *indices]
-        return f"ae::{function}<{ELEMENT[n.dtype]}>({', '.join(args)})"
+        template = ELEMENT[n.dtype]
+        if function == "gather_run" and by_query(n.args):
+            template += f", void, {len(n.args)}, true"
+        return f"ae::{function}<{template}>({', '.join(args)})"
 
     def index(self, n: Node) -> str:
         return self.as_rep(n, "i64" if self.rep(n) == "i64" else "i32")
@@ -298,6 +301,14 @@ def strip(n: Node) -> Node:
     while n.op in ("cast", "detach"):
         n = n.args[0]
     return n
+
+
+def by_query(index: Sequence[Node]) -> bool:
+    """Whether the index before the last is q_idx: the tensor has an element for every score."""
+    if len(index) < 2:
+        return False
+    n = strip(index[-2])
+    return n.op == "input" and n.attr[0] == "q"
 
 
 def is_key(n: Node) -> bool:

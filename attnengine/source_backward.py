@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .derive import Derived, Scatter
-from .emit import Emitter, float_literal, is_key, strip
+from .emit import Emitter, by_query, float_literal, is_key, strip
 from .ir import REDUCTIONS, Node, walk
 from .key import KernelKey
 from .plan import Plan
@@ -25,7 +25,8 @@ def scatter_line(u: Unit, e: Emitter, s: Scatter, live: str) -> None:
     if vec:
         value = f"ae::splat<V>({value})"
     args = ["env", str(s.capture), f"grads[{s.capture}]", live if vec else "true", value, *indices]
-    e.line(f"ae::{function}<A>({', '.join(args)});")
+    template = "A, true" if function == "scatter_run" and by_query(s.index) else "A"
+    e.line(f"ae::{function}<{template}>({', '.join(args)});")
 
 
 def _owned(traced: Traced, derived: Derived, capture: int) -> str:

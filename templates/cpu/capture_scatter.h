@@ -61,7 +61,8 @@ AE_INLINE void scatter_run_lanes(const Env& env, int cap, A* grad, Live live, Va
 }
 
 // The same with last index start + lane, for a scalar start that ends idx: consecutive elements.
-template <class A, class Live, class Value, class... Idx>
+// kByQuery: the index before is the query's (capture_gather.h).
+template <class A, bool kByQuery = false, class Live, class Value, class... Idx>
 AE_INLINE void scatter_run(const Env& env, int cap, A* grad, Live live, Value value, Idx... idx) {
   constexpr int kRank = sizeof...(Idx);
   constexpr int W = kLanesAmong<Live, Value, Idx...>;
@@ -77,6 +78,7 @@ AE_INLINE void scatter_run(const Env& env, int cap, A* grad, Live live, Value va
      ...);
     if (__builtin_expect(inside, 1)) {
       A* to = grad + offset;
+      if constexpr (kByQuery) __builtin_prefetch(to + kRowsAhead * c.size[kRank - 1], 1, 2);
       auto x = splat<V>(convert<A>(value));
 #if defined(__AVX512F__)
       if constexpr (std::is_same_v<A, float> && W == 16) {
