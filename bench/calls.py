@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 import attnengine as ae
 
-from .report import Row
+from .rows import Row
 from .runner import interleave
+from .session import Session
 
 # Largest allowed multiple of the peer's time; None: shown without a bar.
 BARS = {
@@ -31,10 +32,13 @@ def fresh_spec() -> ae.AttentionSpec:
     )
 
 
-def measure(budget_s: float, wanted: Callable[[str], bool]) -> list[Row]:
+def measure(session: Session) -> None:
     """Rows `calls/...` in microseconds, each against its own peer in the same rounds."""
-    if not any(wanted(f"calls/{name}") for name in BARS):
-        return []
+    if any(session.wanted(f"calls/{name}") for name in BARS):
+        session.attempt("calls", lambda: _measure(session))
+
+
+def _measure(session: Session) -> list[Row]:
     q, k, v = (torch.randn(SHAPE) for _ in range(3))
     gq, gk, gv = (torch.randn(SHAPE, requires_grad=True) for _ in range(3))
     plain = ae.AttentionSpec()
@@ -68,9 +72,9 @@ def measure(budget_s: float, wanted: Callable[[str], bool]) -> list[Row]:
     }
     rows = []
     for name, (mine, peer, theirs) in contests.items():
-        if not wanted(f"calls/{name}"):
+        if not session.wanted(f"calls/{name}"):
             continue
-        times = interleave({"ours": mine, "peer": theirs}, budget_s, min_rounds=15)
+        times = interleave({"ours": mine, "peer": theirs}, session.budget_s, min_rounds=15)
         ours, other = times["ours"], times["peer"]
         rows.append(
             Row(

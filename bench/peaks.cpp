@@ -1,10 +1,8 @@
 // What this machine can do, measured: fp32 FMA and bf16 dot-product rate with every operand in
 // registers, and streaming read bandwidth of a buffer far larger than the caches.
-// Usage: peaks THREADS  ->  one JSON object on stdout.
+// A shared library that peaks.py compiles and loads.
 #include <chrono>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <functional>
 #include <thread>
 #include <utility>
@@ -96,19 +94,44 @@ double best(int threads, int repeats, const std::function<double(int)>& work) {
   return rate;
 }
 
+// One buffer of 256 MiB per thread, kept between calls: eight times the largest cache that we meet.
+std::vector<std::vector<Vec>> buffers;
+
+void hold_buffers(int threads) {
+  buffers.resize(threads);
+  for (auto& b : buffers)
+    if (b.empty()) b.assign((size_t(256) << 20) / sizeof(Vec), Vec{});
+}
+
 }  // namespace
 
-int main(int argc, char** argv) {
-  int threads = argc > 1 ? std::atoi(argv[1]) : 1;
+extern "C" {
+
+// FLOP/s of fp32 FMA and of bf16 dot products (0: the CPU has none), bytes/s of streaming read.
+void peaks(int threads, double* rates) {
   const int repeats = 7;
-  double fma = best(threads, repeats, [](int) { return fma_flops(kRounds, Chains{}); });
-  double dot = 0;
+  rates[0] = best(threads, repeats, [](int) { return fma_flops(kRounds, Chains{}); });
+  rates[1] = 0;
 #if defined(__AVX512BF16__)
-  dot = best(threads, repeats, [](int) { return dot_flops(kRounds, Chains{}); });
+  rates[1] = best(threads, repeats, [](int) { return dot_flops(kRounds, Chains{}); });
 #endif
-  std::vector<std::vector<Vec>> buffers(threads);
-  for (auto& b : buffers) b.assign((size_t(256) << 20) / sizeof(Vec), Vec{});  // 256 MiB a thread
-  double read = best(threads, repeats, [&](int t) { return read_bytes(buffers[t]); });
-  std::printf("{\"fp32_flops\": %.6g, \"bf16_flops\": %.6g, \"read_bytes\": %.6g}\n", fma, dot,
-              read);
+  hold_buffers(threads);
+  rates[2] = best(threads, repeats, [](int t) { return read_bytes(buffers[t]); });
 }
+
+// Reads every thread's buffer once, so that a caller can time it beside other work; gives bytes.
+double read_once(int threads) {
+  hold_buffers(threads);
+  std::vector<double> done(threads);
+  std::vector<std::thread> pool;
+  for (int t = 1; t < threads; ++t) pool.emplace_back([&, t] { done[t] = read_bytes(buffers[t]); });
+  done[0] = read_bytes(buffers[0]);
+  for (auto& t : pool) t.join();
+  double total = 0;
+  for (double d : done) total += d;
+  return total;
+}
+
+void release_buffers() { buffers.clear(), buffers.shrink_to_fit(); }
+
+}  // extern "C"

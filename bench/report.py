@@ -1,159 +1,111 @@
-"""Rows of a run: terminal table, JSON and Markdown."""
+"""One page of a run: report.html (self-contained), report.md with its PNG files, README's table."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
-import platform
-from dataclasses import dataclass
+import base64
+import html
 from pathlib import Path
 
-import numpy
-import torch
-from rich.console import Console
-from rich.table import Table
+from . import plots, speed
+from .record import NOTES, RESULTS, Record, markdown_table
+from .rows import HEADINGS, Row, count_bars
 
-import attnengine as ae
-
-from .peaks import Peaks
-
-RESULTS = Path(__file__).with_name("results")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measured line. `ratio` is what the bar is about: peer time / our time where `at_least`,
-    else our cost (relative to the peer when there is one)."""
-
-    name: str
-    unit: str  # ms, us or s
-    ours: float
-    spread: float
-    peer: str = ""
-    peer_value: float | None = None
-    ratio: float | None = None
-    bar: float | None = None
-    at_least: bool = True
-    gflops: float | None = None
-    share_of_peak: float | None = None
-    distance: float | None = None  # ours from the fp64 reference, relative L2
-
-    @property
-    def verdict(self) -> str:
-        """pass, miss, or empty for a row without a bar."""
-        if self.bar is None or self.ratio is None:
-            return ""
-        met = self.ratio >= self.bar if self.at_least else self.ratio <= self.bar
-        return "pass" if met else "miss"
-
-    def cells(self) -> tuple[str, ...]:
-        """The row as text, in the order of HEADINGS."""
-        sign = ">=" if self.at_least else "<="
-        suffix = "s" if self.unit == "s" and not self.peer else "x"
-        return (
-            self.name,
-            f"{self.ours:.3g} {self.unit}",
-            f"±{self.spread:.0%}",
-            self.peer,
-            "" if self.peer_value is None else f"{self.peer_value:.3g} {self.unit}",
-            "" if self.ratio is None else f"{self.ratio:.2f}{suffix}",
-            "" if self.bar is None else f"{sign} {self.bar:g}{suffix}",
-            self.verdict,
-            "" if self.gflops is None else f"{self.gflops:.0f}",
-            "" if self.share_of_peak is None else f"{self.share_of_peak:.0%}",
-        )
+GROUP_TITLES = {
+    "forward": "Forward against SDPA",
+    "short": "Short sequences, 64 heads",
+    "training": "Forward and backward against SDPA",
+    "variants": "Variants against compiled FlexAttention",
+    "windows": "Windows: time against tiles",
+    "rows": "Row functions against the built-in softmax",
+    "bias": "Learnable biases, forward and backward",
+    "decode": "Decode: one query, streaming K and V",
+    "memory": "Memory of forward and backward",
+    "calls": "Cost of a call",
+    "startup": "First result",
+}
+PICTURE_TITLES = {
+    "roofline": "Roofline: rates under the measured roofs of this machine",
+    "against-torch": "Speed relative to torch's SDPA and FlexAttention",
+    "shares": "Shares of measured rates",
+    "own-costs": "Costs relative to our own plain kernel",
+}
+CSS = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #ffffff;
+       max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+table { border-collapse: collapse; font-size: 13px; }
+td, th { padding: 3px 10px; border-bottom: 1px solid #e4e4e4; text-align: left; }
+td:nth-child(n+2) { white-space: nowrap; font-variant-numeric: tabular-nums; }
+.pass { color: #00639a; } .miss { color: #b84700; font-weight: 600; }
+img { max-width: 100%; } .note { color: #555555; font-size: 13px; }
+"""
 
 
-HEADINGS = (
-    "case",
-    "attnengine",
-    "spread",
-    "peer",
-    "peer time",
-    "ratio",
-    "bar",
-    "verdict",
-    "GFLOP/s",
-    "of peak",
-)
-NOTES = (
-    "Medians of interleaved rounds in one process; spread is half the interquartile range. "
-    "FLOPs: 4·pairs·D forward, 14·pairs·D forward and backward; causal counts half, a window its "
-    "live pairs. Of peak: share of the measured fp32 FMA (or bf16 dot) rate above. Outputs and "
-    "gradients were compared before timing."
-)
+def facts(record: Record) -> list[str]:
+    """What a reader needs before the numbers: command, machine, peaks, verdicts."""
+    met, bars = count_bars(list(record.rows))
+    where = ", ".join(f"{key} {value}" for key, value in record.environment.items())
+    return [
+        f"Command: {record.command}",
+        where,
+        *[peak.line() for peak in record.peaks],
+        f"{met} of {bars} bars met",
+        *[f"Not measured: {failure}" for failure in record.failures],
+    ]
 
 
-def environment(threads: int) -> dict[str, str]:
-    """What the numbers depend on: CPU, threads, versions."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as info:
-            cpu = next(line.split(":", 1)[1].strip() for line in info if "model name" in line)
-    except (OSError, StopIteration):
-        pass
-    return {
-        "cpu": cpu,
-        "logical cpus": str(os.cpu_count()),
-        "threads": str(threads),
-        "load before": f"{os.getloadavg()[0]:.1f}",
-        "torch": torch.__version__,
-        "torch CPU capability": torch.backends.cpu.get_cpu_capability(),
-        "attnengine": ae.__version__,
-        "numpy": numpy.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def table(rows: list[Row]) -> Table:
-    """The rows as a rich table."""
-    view = Table(*HEADINGS, title="python -m bench cpu", title_justify="left")
-    colour = {"pass": "green", "miss": "red", "": None}
-    for row in rows:
-        view.add_row(*row.cells(), style=colour[row.verdict])
-    return view
-
-
-def markdown(rows: list[Row], peaks: list[Peaks], where: dict[str, str], command: str) -> str:
-    """The same as a Markdown page."""
-    lines = [f"# `{command}`", ""]
-    lines += [", ".join(f"{key} {value}" for key, value in where.items()) + ".", ""]
-    lines += [f"- {peak.line()}" for peak in peaks]
-    lines += ["", NOTES, "", "| " + " | ".join(HEADINGS) + " |", "|---" * len(HEADINGS) + "|"]
-    lines += ["| " + " | ".join(row.cells()) + " |" for row in rows]
+def markdown(record: Record, pictures: list[str]) -> str:
+    """The page for a Markdown reader; `pictures` are names of PNG files beside it."""
+    lines = ["# attnengine on the CPU", "", *[f"- {fact}" for fact in facts(record)], "", NOTES]
+    for name in pictures:
+        lines += ["", f"![{PICTURE_TITLES[name]}]({name}.png)"]
+    for group, rows in record.groups().items():
+        lines += ["", f"## {GROUP_TITLES.get(group, group)}", ""]
+        lines += markdown_table(HEADINGS, [row.cells() for row in rows])
     return "\n".join(lines) + "\n"
 
 
-def write(
-    folder: Path,
-    stem: str,
-    rows: list[Row],
-    peaks: list[Peaks],
-    where: dict[str, str],
-    command: str,
-) -> list[Path]:
-    """Write `stem`.json and `stem`.md under `folder`; returns both paths."""
+def _html_table(rows: list[Row]) -> str:
+    head = "".join(f"<th>{html.escape(h)}</th>" for h in HEADINGS)
+    body = []
+    for row in rows:
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row.cells())
+        body.append(f'<tr class="{row.verdict}">{cells}</tr>')
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+
+def page(record: Record, pictures: dict[str, bytes]) -> str:
+    """The same as one HTML file that needs no other."""
+    parts = [
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width">',
+        f"<title>attnengine on the CPU</title><style>{CSS}</style></head><body>",
+        "<h1>attnengine on the CPU</h1><ul>",
+        *[f"<li>{html.escape(fact)}</li>" for fact in facts(record)],
+        f'</ul><p class="note">{html.escape(NOTES)}</p>',
+    ]
+    for name, data in pictures.items():
+        title = html.escape(PICTURE_TITLES[name])
+        source = base64.b64encode(data).decode()
+        parts.append(f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{source}">')
+    for group, rows in record.groups().items():
+        parts.append(f"<h2>{html.escape(GROUP_TITLES.get(group, group))}</h2>{_html_table(rows)}")
+    return "\n".join(parts) + "\n</body></html>\n"
+
+
+def write(folder: Path, record: Record, readme: Path | None = None) -> list[Path]:
+    """Write report.html, report.md and the pictures under `folder`; README's Speed table too when
+    `folder` is the recorded results'. Returns the paths."""
+    pictures = plots.pictures(record)
     folder.mkdir(parents=True, exist_ok=True)
-    record = {
-        "command": command,
-        "environment": where,
-        "peaks": [dataclasses.asdict(p) for p in peaks],
-        "rows": [{**dataclasses.asdict(r), "verdict": r.verdict} for r in rows],
-    }
-    paths = [folder / f"{stem}.json", folder / f"{stem}.md"]
-    paths[0].write_text(json.dumps(record, indent=1) + "\n")
-    paths[1].write_text(markdown(rows, peaks, where, command))
+    files: dict[str, bytes] = {f"{name}.png": data for name, data in pictures.items()}
+    files["report.html"] = page(record, pictures).encode()
+    files["report.md"] = markdown(record, list(pictures)).encode()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    paths = [folder / name for name in files]
+    readme = readme or (speed.README if folder.resolve() == RESULTS.resolve() else None)
+    if readme is not None:
+        readme.write_text(speed.updated(readme.read_text(), speed.section(record)))
+        paths.append(readme)
     return paths
-
-
-def summary(console: Console, rows: list[Row], peaks: list[Peaks], where: dict[str, str]) -> None:
-    """Print environment, peaks, table and the count of bars met."""
-    console.print(", ".join(f"{key} {value}" for key, value in where.items()))
-    for peak in peaks:
-        console.print(peak.line())
-    console.print(table(rows))
-    barred = [row for row in rows if row.verdict]
-    met = sum(row.verdict == "pass" for row in barred)
-    console.print(f"{met} of {len(barred)} bars met.")
-    console.print(NOTES, style="dim")

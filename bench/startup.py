@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
-from .report import Row
+from . import child
+from .rows import Row
 from .runner import Samples
+from .session import Session
+
+BARS = {"new spec": 6.0, "warm process": 0.3}  # seconds
 
 # Prints the seconds from `import torch` done to the first output, and the part after the import of
 # attnengine: what a new spec costs in a process that already uses the engine.
@@ -34,28 +33,27 @@ print(json.dumps({"beyond_torch": t2 - t0, "spec": t2 - t1}))
 
 def first_output(cache: Path, threads: int) -> dict[str, float]:
     """Run PROGRAM in a fresh process on the cache folder `cache`."""
-    env = {**os.environ, "ATTNENGINE_CACHE_DIR": str(cache), "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=env, check=True, capture_output=True, text=True
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+    return child.run(PROGRAM, threads=threads, ATTNENGINE_CACHE_DIR=str(cache))
 
 
-def measure(repeats: int, threads: int, wanted: Callable[[str], bool]) -> list[Row]:
+def measure(session: Session) -> None:
     """Rows `startup/...` in seconds: a new spec on an empty cache, and a warm process."""
-    rows: list[Row] = []
+    if any(session.wanted(f"startup/{name}") for name in BARS):
+        session.attempt("startup", lambda: _measure(session))
+
+
+def _measure(session: Session) -> list[Row]:
     cold: list[float] = []
     warm: list[float] = []
-    if not (wanted("startup/new spec") or wanted("startup/warm process")):
-        return rows
     with tempfile.TemporaryDirectory() as folder:
-        for i in range(repeats):
+        for i in range(1 if session.quick else 3):
             cache = Path(folder) / str(i)
             cache.mkdir()
-            cold.append(first_output(cache, threads)["spec"])
-            warm.append(first_output(cache, threads)["beyond_torch"])
-    for name, times, bar in (("new spec", cold, 6.0), ("warm process", warm, 0.3)):
-        if wanted(f"startup/{name}"):
+            cold.append(first_output(cache, session.threads)["spec"])
+            warm.append(first_output(cache, session.threads)["beyond_torch"])
+    rows: list[Row] = []
+    for name, times in (("new spec", cold), ("warm process", warm)):
+        if session.wanted(f"startup/{name}"):
             samples = Samples(tuple(times))
             rows.append(
                 Row(
@@ -64,8 +62,9 @@ def measure(repeats: int, threads: int, wanted: Callable[[str], bool]) -> list[R
                     ours=samples.median,
                     spread=samples.spread,
                     ratio=samples.median,
-                    bar=bar,
+                    bar=BARS[name],
                     at_least=False,
+                    ratio_unit="s",
                 )
             )
     return rows
