@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import build, cache, library, settings
+from . import build, cache, library, serialize, settings
 from .arch import ISAS
 from .aten import Unsupported
 from .capture import Captures, captures_of_spec
@@ -49,6 +49,8 @@ class Sources:
     grads: tuple[int, ...]
     passes: int
     key: str
+    stored: int  # saved statistics in all, those for backward included
+    meaning: str  # the program as text (serialize): what an exported graph carries
 
     def to_json(self) -> str:
         return json.dumps(self.__dict__)
@@ -123,6 +125,19 @@ class Program:
             self.forward_id = ahead.result()
             self.backward_id = behind.result()
 
+    def load(self, kind: str) -> int:
+        """The kernel id of "forward" or "backward", built now if it is not there yet."""
+        return self.forward() if kind == "forward" else self.backward()
+
+    @property
+    def portable(self) -> str:
+        """The operator's key that means this program in every process, on every machine.
+
+        An instruction set that is not this machine's default was asked for, and is part of it.
+        """
+        text = self.sources.meaning
+        return text if self.isa == default_isa() else serialize.with_isa(text, self.isa)
+
     def _load(self, kind: str, source: str) -> int:
         path = build.module(source, self.isa, f"{kind} {self.name}")
         captures = [(rank, TORCH_DTYPES[dtype]) for dtype, rank in self.sources.captures]
@@ -150,8 +165,13 @@ def pipeline(
 ) -> Pipeline:
     """Run trace, derive, key, plan and source. Raises TraceError, NotImplementedError."""
     dtype = "f64" if element == torch.float64 else "f32"
+    return stages_after_trace(trace(spec, captures.tensors, dtype), element, d, dv, isa)
+
+
+def stages_after_trace(traced: Traced, element: torch.dtype, d: int, dv: int, isa: str) -> Pipeline:
+    """Run derive, key, plan and source. Raises NotImplementedError."""
     name = DTYPE_NAMES[element]
-    traced = trace(spec, captures.tensors, dtype)
+    meaning = serialize.dump(traced, element, d, dv)
     wanted = [i for i, t in enumerate(traced.captures) if t.requires_grad and t.is_floating_point()]
     derived, why = None, ""
     try:
@@ -171,7 +191,7 @@ def pipeline(
         forward, backward, why, tuple(traced.row.saved), traced.positions, fkey.captures,
         derived.grads if derived is not None else (),
         len(derived.passes) if derived is not None else 0,
-        fkey.digest(),
+        fkey.digest(), len(traced.row.saved) + len(saved), meaning,
     )  # fmt: skip
     return Pipeline(traced, derived, why, fkey, bkey, fplans, bplans, sources)
 
@@ -232,6 +252,48 @@ def _made(
     order = sorted(at for at in stages.traced.positions if at >= known)
     by_position = dict(zip(stages.traced.positions, stages.traced.captures, strict=True))
     return Program(label, element, isa, stages.sources, tuple(by_position[at] for at in order))
+
+
+_read: dict[str, Program] = {}
+
+
+def program_of(text: str) -> Program:
+    """The program that a graph exported elsewhere carries, generated for this machine.
+
+    Raises ValueError when the text is damaged or of another format, or asks for instructions that
+    this CPU lacks. Nothing is compiled yet.
+    """
+    found = _read.get(text)
+    if found is not None:
+        return found
+    with _tracing:
+        found = _read.get(text)
+        if found is None:
+            found = _read[text] = _generated(text)
+        return found
+
+
+def _generated(text: str) -> Program:
+    meaning = serialize.load(text)
+    isa = meaning.isa or default_isa()
+    if meaning.isa is not None:
+        check_isa(isa)
+    element, d, dv = meaning.element, meaning.head_dim, meaning.value_dim
+    label = f"exported {DTYPE_NAMES[element]} D{d}x{dv} {isa}"
+    memo = hashlib.sha256(f"{_generator()}{isa} {text}".encode()).hexdigest()
+    known = cache.text_get("export", memo)
+    if known is not None:
+        statistics.from_disk += 1
+        return Program(label, element, isa, Sources.from_json(known), ())
+    try:
+        sources = stages_after_trace(meaning.traced, element, d, dv, isa).sources
+    except (KeyError, IndexError, AssertionError, AttributeError) as error:
+        raise ValueError(
+            f"attnengine::attention: the exported program makes no kernel ({error}); the file is "
+            "damaged: export the model again"
+        ) from error
+    cache.text_put("export", memo, sources.to_json())
+    return Program(label, element, isa, sources, ())
 
 
 _generator_text: str | None = None

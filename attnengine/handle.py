@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import dispatch, ops
 from .backward import TRANSFORMS, apply
@@ -18,6 +19,8 @@ from .plan import Plan
 from .spec import AttentionSpec
 
 _is_compiling = torch.compiler.is_compiling
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_is_exporting = torch.compiler.is_exporting
 _grad_enabled = torch.is_grad_enabled
 _autocast = torch._C._is_any_autocast_enabled
 _forward = ops.forward
@@ -36,6 +39,27 @@ def autocast_operands(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
                 for x in (q, k, v)
             )
     return q, k, v
+
+
+def parameters_of_export(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Captured tensors as a non-strict torch.export sees them.
+
+    It replaces the parameters and buffers of the exported module by fake tensors, but not what a
+    closure holds: a Parameter that a spec captured would become a constant of the graph, and
+    training or loading a state would not reach it. Export's fakes are unique per real tensor, so
+    asking for the fake again finds the module's own; any other tensor stays as it is, a constant.
+    """
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    fakes, proxies = torch._guards.detect_fake_mode(), get_proxy_mode()
+    if fakes is None or proxies is None:
+        return list(tensors)
+    known = proxies.tracer.tensor_tracker
+    found = []
+    for t in tensors:
+        fake = t if isinstance(t, FakeTensor) else fakes.from_tensor(t, static_shapes=True)
+        found.append(fake if fake in known else t)
+    return found
 
 
 def _kinds(tensors: Sequence[torch.Tensor]) -> list[tuple]:
@@ -105,10 +129,11 @@ class Handle:
         self.kinds = _kinds(self.tensors)
         self.ready = self.program.backward_id >= 0  # the gradient's kernel is loaded
         self._pipeline: Pipeline | None = None
-        ops.register_key(self.key, self._resolve)
-
-    def _resolve(self, kind: str) -> int:
-        return self.program.forward() if kind == "forward" else self.program.backward()
+        # torch.compile's graphs stay in this process and hold a short key; torch.export's leave it
+        # and hold the program.
+        self.portable = program.portable
+        ops.register_key(self.key, program.load)
+        ops.register_key(self.portable, program.load)
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_aux: Any = None
@@ -155,7 +180,12 @@ class Handle:
         if self.q_factor != 1.0:
             q = q * self.q_factor
         if _is_compiling():
-            return torch.ops.attnengine.attention(q, k, v, self.tensors, self.key, self.scale)
+            key, tensors = self.key, self.tensors
+            if _is_exporting():
+                key = self.portable
+                if not _is_dynamo_compiling():  # Dynamo finds a module's parameters by itself
+                    tensors = parameters_of_export(tensors)
+            return torch.ops.attnengine.attention(q, k, v, tensors, key, self.scale)
         if _forward_ad._current_level >= 0 and any(map(_has_tangent, (q, k, v, *self.tensors))):
             raise NotImplementedError(TRANSFORMS)
         try:

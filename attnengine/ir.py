@@ -74,6 +74,10 @@ class Graph:
             self._table[key] = found
         return found
 
+    def nodes(self) -> tuple[Node, ...]:
+        """Every node, arguments before users: node i has id i."""
+        return tuple(self._table.values())
+
     def input(self, name: str, dtype: str, vec: bool = False) -> Node:
         return self.node("input", (), dtype, (name,), vec)
 

@@ -6,8 +6,9 @@ Two families, because they serve different callers:
 have no autograd, and cost the least; eager calls wrap them in an ``autograd.Function``.
 
 ``attnengine::attention`` takes a string key and has autograd: ``torch.compile`` and
-``torch.export`` can trace it, and a graph holding the key is valid in every process that registers
-the key with :func:`register_key`.
+``torch.export`` can trace it. The key is either a name that this process knows by
+:func:`register_key`, or the whole program as text (:mod:`attnengine.serialize`), which every
+process can read and make a kernel of: that is what exported graphs hold.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from attnengine import library
+from attnengine import dispatch, library, serialize
 
 # The C++ entry of each overload: calling the overload itself only forwards to it, for 0.4 us more.
 # forward returns None in place of the statistics when they were not asked for.
@@ -79,27 +80,47 @@ def register_key(key: str, resolver: Resolver, info: KeyInfo | None = None) -> N
 
 
 def resolve(key: str, kind: str) -> int:
-    """The kernel id of ``key``. Raises RuntimeError when the key is not registered."""
+    """The kernel id of ``key``. Raises RuntimeError when it is neither registered nor a program,
+    ValueError when a program is damaged, KernelUnavailable or BuildError when it cannot be built.
+    """
     resolver = _resolvers.get(key)
     if resolver is None:
-        raise RuntimeError(
-            f"attnengine::attention: key {key!r} is not registered in this process; prepare the "
-            "spec here with attnengine.compile(spec, q, k, v) before running the graph"
-        )
+        if not serialize.is_program(key):
+            raise RuntimeError(
+                f"attnengine::attention: key {key[:200]!r} is not registered in this process; "
+                "prepare the spec here with attnengine.compile(spec, q, k, v) before running the "
+                "graph, or take the graph with torch.export, which carries the program"
+            )
+        _read(key)
+        resolver = _resolvers[key]
     return resolver(kind)
+
+
+def _read(text: str) -> None:
+    """Registers the program of an exported graph. Tracing then knows its shapes, uncompiled."""
+    program = dispatch.program_of(text)
+    sources = program.sources
+    mask = sum(1 << i for i in sources.grads)
+    register_key(text, program.load, KeyInfo(sources.stored, len(sources.stats), mask))
 
 
 def _saved_stats(key: str) -> tuple[int, int]:
     """(all, user's) row statistics that the forward kernel of ``key`` saves."""
-    known = _key_infos.get(key)
+    known = _known(key)
     if known is None:
         info = library.kernel_info(resolve(key, "forward"))
         return info.stats, info.user_stats
     return known.stats, known.user_stats
 
 
+def _known(key: str) -> KeyInfo | None:
+    if key not in _resolvers and serialize.is_program(key):
+        _read(key)
+    return _key_infos.get(key)
+
+
 def _grad_mask(key: str) -> int:
-    known = _key_infos.get(key)
+    known = _known(key)
     if known is None:
         return library.kernel_info(resolve(key, "backward")).grad_mask
     return known.grad_mask

@@ -16,7 +16,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "spec": ("spec", "rows", "variants"),
     "meaning": ("products", "reference", "noise", "gate"),
     "trace": ("ir", "capture", "aten", "lower", "trace", "derive"),
-    "normalize": ("key", "blockmask"),
+    "normalize": ("key", "serialize", "blockmask"),
     "plan": ("arch", "plan"),
     "generate": ("emit", "unit", "source", "source_backward"),
     "build": ("cache_entry", "cache_lock", "cache", "cache_upkeep", "compiler", "staging", "build"),
