@@ -5,7 +5,7 @@ Golden is the fp64 reference on the rounded inputs. For 16-bit inputs all of the
 (a) L2 error <= 1.5 x the ideal flash kernel's;
 (b) worst row's relative error <= 3 x the ideal's worst row;
 (c) largest error <= 2 x that of eager PyTorch in the same dtype + 1e-5;
-(d) NaN and +-inf in the same places, in every dtype;
+(d) NaN and +-inf in the same places, in every dtype; what is too large to store is infinite;
 (e) a row statistic within 1e-5 * max(1, |statistic|).
 
 fp32: L2 error <= ``8 u (sqrt(terms) |golden| + |noise|)``, u = 2**-24, and a row's three times
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .noise import Noise, noises, term_counts
+from .noise import Noise, noises, overflowed, term_counts
 from .products import Precision
 from .reference import eager, evaluate, ideal
 from .spec import AttentionSpec
@@ -84,7 +84,8 @@ def check(
     if actual.shape != golden.shape:
         shapes = f"shape {tuple(actual.shape)}, expected {tuple(golden.shape)}"
         return Report(name, {}, [shapes])
-    got, want = actual.detach().double(), golden.detach().double()
+    got = actual.detach().double()
+    want = overflowed(golden.detach().double(), got, actual.dtype)
     verdict = _Verdict(name, got, want, ideal)
     if not verdict.same_specials() or want.numel() == 0:
         return verdict.report()
@@ -97,7 +98,7 @@ def check(
         verdict.elementwise("(e) error", error, limit)
         return verdict.report()
     noise = noise or Noise()
-    floor = _Floor(want, noise, compute)
+    floor = _Floor(want, noise, compute, actual.dtype)
     if compute not in HALF:
         verdict.total("L2 error", error, floor.total)
         verdict.rows("worst row's error", error, 3.0 * floor.rows, floor.scale)
@@ -121,9 +122,11 @@ def check(
 
 class _Floor:
     """Errors that sums in the accumulator's precision may have, for a tensor and for its rows;
-    ``scale``: each row's size before its terms cancel."""
+    ``scale``: each row's size before its terms cancel, at least what can be stored accurately."""
 
-    def __init__(self, golden: Tensor, noise: Noise, compute: torch.dtype) -> None:
+    def __init__(
+        self, golden: Tensor, noise: Noise, compute: torch.dtype, stored: torch.dtype
+    ) -> None:
         want, rows = _finite(golden), _rows(_finite(golden))
         loud = [_finite(n) for n in noise.loud]
         if compute == torch.float64:
@@ -149,7 +152,8 @@ class _Floor:
         self.largest = b * max((n.abs().max().item() for n in loud), default=0.0)
         terms = _rms([_rows(_finite(n)).norm(dim=-1) for n in noise.terms])
         self.scale = torch.maximum(row_norms, math.sqrt(3) * terms.expand_as(row_norms))
-        self.scale = self.scale.clamp(min=tiny)
+        least = torch.finfo(stored).tiny * math.sqrt(rows.shape[-1])
+        self.scale = self.scale.clamp(min=max(tiny, least))
 
 
 def _luck(
@@ -158,7 +162,8 @@ def _luck(
     """The part of an ideal kernel's error that may be luck: L2, and random errors of its size."""
     u = torch.finfo(compute).eps / 2
     ulp = torch.ldexp(torch.ones_like(want), torch.frexp(_finite(want))[1] - 1)
-    ulp = ulp * torch.finfo(stored).eps
+    ulp = ulp.clamp(min=torch.finfo(stored).tiny) * torch.finfo(stored).eps
+    ulp = ulp.where(want != 0, 0.0)  # where no key is live, nothing is rounded
     draws = [_finite(n) * (MANTISSA * u) for n in noise.terms]
     rows = _rms([_rows(e).norm(dim=-1) for e in draws]).square() + _rows(ulp).square().sum(-1) / 12
     many = (rows.sum().square() / rows.square().sum().clamp(min=1e-300)).item()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -58,3 +59,14 @@ def term_counts(q: Tensor, k: Tensor, captures: list[Tensor]) -> list[int]:
     pairs = max(1, b * hq * length * k.shape[2])
     each = [max(1, pairs // max(1, x.numel())) for x in captures]
     return [keys, keys, max(keys, queries), max(keys, queries), *each]
+
+
+def overflowed(want: Tensor, got: Tensor, stored: torch.dtype) -> Tensor:
+    """Golden values as ``stored`` has room for them. An error of a few roundings at the limit
+    decides between its largest number and infinity: either is right there."""
+    info = torch.finfo(stored)
+    slack, sign = 4.0 * info.eps, want.sign()
+    large = want.abs() >= info.max * (1.0 + slack)
+    near = (want.abs() >= info.max * (1.0 - slack)) & (got == sign * math.inf)
+    held = want.clamp(-info.max, info.max)
+    return torch.where(large | near, sign * math.inf, held)

@@ -140,7 +140,7 @@ def run(dtype: torch.dtype, size: float, bug: str) -> list[gate.Report]:
     return expectation(dtype, size).check(kernel)
 
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 
 
 @pytest.mark.parametrize("size", [1.0, 15.0], ids=["randn", "big"])
@@ -202,6 +202,30 @@ def small(kind: str, dtype: torch.dtype, length: int, keys: int, d: int) -> None
 def test_small_shapes_pass(kind: str, dtype: torch.dtype) -> None:
     for length, keys, d in [(1, 1, 1), (1, 2, 3), (3, 1, 8), (1, 5, 64), (7, 3, 16), (5, 9, 1)]:
         small(kind, dtype, length, keys, d)
+
+
+def test_rows_of_zeros_lend_no_tolerance() -> None:
+    """What nobody attends to rounds nothing; a wrong row beside it is still found."""
+    golden = torch.randn(64, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    golden[32:] = 0
+    good = golden.bfloat16()
+    assert gate.check(good, golden, good, good).ok
+    bad = good.clone()
+    bad[3] *= 1.05
+    assert "(b) worst row's error" in str(gate.check(bad, golden, good, good))
+
+
+def test_what_is_too_large_to_store_is_infinite() -> None:
+    """Beyond the largest float16, 65504; a few roundings around the limit may go either way."""
+    golden = torch.tensor([1e3, 7e4, -1e6, 65504, 65525, -65530], dtype=torch.float64)
+    best = golden.half()
+    assert gate.check(best, golden, best, best).ok
+    for at, value, ok in ((0, math.inf, False), (1, 65504, False), (2, math.inf, False),
+                          (3, math.inf, True), (4, 65504, True), (5, -65504, True)):  # fmt: skip
+        actual = best.clone()
+        actual[at] = value
+        report = gate.check(actual, golden, best, best)
+        assert report.ok == ok and (ok or "(d)" in str(report)), value
 
 
 def test_fp64_is_held_to_1e_12() -> None:
