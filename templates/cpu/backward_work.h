@@ -17,10 +17,8 @@ struct GradInfo {
 // times the bytes of q, k and v, where one head in flight allows it.
 constexpr int64_t kWorkspacePerOperand = 2;
 
-// Bytes that all private copies of captured gradients may take together: always the first, never
-// more than the second. Beyond it the tasks that would collide run one after the other.
+// Bytes that all private copies of captured gradients may take whatever the operands do.
 constexpr int64_t kMinPrivateGradBytes = int64_t(1) << 20;
-constexpr int64_t kMaxPrivateGradBytes = int64_t(64) << 20;
 
 // Captured gradients fix the number of heads in flight; it serves this many threads at least.
 constexpr int64_t kFixedWorkers = 8;
@@ -205,13 +203,14 @@ struct BackwardDecision {
       cut = {BackwardGrid::kCyclic, n, cut.heads * cut.n / n};
       cut.heads = cut.heads < s.heads ? cut.heads : s.heads;
     }
-    limit_heads();
+    const int64_t workers = Fn::kGradMask != 0 ? kFixedWorkers : p.threads;
+    limit_heads(workers);
     if (choose_private()) return;
     cut = cut_backward(Plan::kVirtualWorkers, s.heads, s.row_tiles, s.kv_tiles, true);
     if (choose_private()) return;
     cut = {BackwardGrid::kCyclic, 1,
            s.heads < Plan::kVirtualWorkers ? s.heads : Plan::kVirtualWorkers};
-    limit_heads();
+    limit_heads(1);
     if (choose_private() && private_grads == 0) return;
     cut = {BackwardGrid::kCyclic, 1, 1};
     private_grads = 0;
@@ -233,10 +232,9 @@ struct BackwardDecision {
     return c.heads * BackwardHeadMemory<Plan, Fn>(s_, c).bytes;
   }
 
-  // A power of two of heads within the budget, yet a task for every thread. Where captured tensors
-  // get gradients, the order of their sums depends on it, so the threads must not.
-  void limit_heads() {
-    const int64_t workers = Fn::kGradMask != 0 ? kFixedWorkers : p_.threads;
+  // A power of two of heads within the budget, yet a task for every worker. Where captured tensors
+  // get gradients, the order of their sums depends on it, so it must not depend on the threads.
+  void limit_heads(int64_t workers) {
     const int64_t needed = (workers + cut.n - 1) / cut.n;
     if (heads_bytes(cut) <= budget_) return;
     BackwardCut less = cut;
@@ -256,7 +254,7 @@ struct BackwardDecision {
                int64_t(sizeof(typename Plan::Acc));
     }
     if (bytes <= kMinPrivateGradBytes) return true;
-    return bytes <= kMaxPrivateGradBytes && bytes + heads_bytes(cut) <= budget_;
+    return bytes + heads_bytes(cut) <= budget_;
   }
 };
 
