@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import matplotlib
 
@@ -23,6 +24,7 @@ STYLE = {
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
+    "axes.titlepad": 4,
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
 }
@@ -84,7 +86,8 @@ def roofline(record: Record) -> Figure | None:
         _roofs(axes, record, dtype)
         for contestant, group, x, y in found:
             axes.plot(
-                x, y, MARKERS.get(group, "o"), color=COLOURS[contestant], markersize=6,
+                x, y, MARKERS.get(group, "o"), color=COLOURS[contestant],
+                markersize=11 if group == "decode" else 6,
                 markeredgecolor="white", markeredgewidth=0.6,
             )  # fmt: skip
         axes.set_title(f"{dtype} operands")
@@ -106,16 +109,14 @@ def roofline(record: Record) -> Figure | None:
 def _roofs(axes: Axes, record: Record, dtype: str) -> None:
     """The measured roofs of all threads: DRAM read, FMA and, for bf16, dot products."""
     peak = record.peaks[-1]
-    low, high = 1.0, 10_000.0
+    low, high = 1.0, 40_000.0  # room for the names beyond the last point
     flat = [("FMA", peak.fp32_flops / 1e9)]
     if dtype == "bf16" and peak.bf16_flops:
         flat.append(("bf16 dot", peak.bf16_flops / 1e9))
     top, read = max(rate for _, rate in flat), peak.read_bytes / 1e9
     ridge = top / read
     axes.plot([low, ridge], [low * read, top], color="#444444", lw=1.2)
-    axes.annotate(
-        f"DRAM read {read:.0f} GB/s", (1.3, 1.3 * read * 1.25), rotation=0, color="#444444"
-    )
+    axes.annotate(f"DRAM read {read:.0f} GB/s", (2.3, 1.4 * read), color="#444444")
     for name, rate in flat:
         start = rate / read
         style = "-" if rate == top else "--"
@@ -130,132 +131,138 @@ def _roofs(axes: Axes, record: Record, dtype: str) -> None:
     axes.set_ylim(1.0, 1.6 * max(top, (peak.bf16_flops or top * 1e9) / 1e9))
 
 
-def _bars(axes: Axes, rows: Sequence[Row], labels: Sequence[str], title: str, unit: str) -> None:
-    """Horizontal bars of ratios, first row on top; a black tick where the bar is."""
-    factor = 100.0 if unit == "%" else 1.0
-    for i, row in enumerate(rows):
+def _bars(axes: Axes, panel: Panel) -> None:
+    """Horizontal bars of ratios, first row on top; a black tick where the bar is; numbers in a
+    column at the right."""
+    for i, row in enumerate(panel.rows):
         assert row.ratio is not None
+        factor = 100.0 if row.ratio_unit == "%" else 1.0
         colour = {"pass": MET, "miss": MISSED, "": PLAIN}[row.verdict]
         axes.barh(i, row.ratio * factor, color=colour, height=0.72)
-        reach = row.ratio
         if row.bar is not None:
             axes.plot([row.bar * factor] * 2, [i - 0.45, i + 0.45], color="black", lw=1.8)
-            if row.ratio <= row.bar <= row.ratio * 1.25:  # the number would lie on the tick
-                reach = row.bar
         axes.annotate(
-            row.ratio_text, (reach * factor, i), xytext=(4, 0), textcoords="offset points",
+            row.ratio_text, (1.14, i), xycoords=("axes fraction", "data"), ha="right",
             va="center", fontsize=8,
         )  # fmt: skip
-    axes.set_yticks(range(len(rows)), labels)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_yticks(range(len(panel.rows)), panel.labels)
+    axes.set_ylim(len(panel.rows) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
-    axes.margins(x=0.12)
-    axes.set_title(title)
+    axes.tick_params(axis="x", labelsize=7)
 
 
-def _stack(columns: list[list[tuple[str, list[Row], list[str]]]], unit: str, note: str) -> Figure:
+def _stack(columns: list[list[Panel]]) -> Figure | None:
     """Panels in columns, every bar of the same height."""
-    tallest = max(sum(len(rows) + 2 for _, rows, _ in column) for column in columns)
-    width = 5.4 * len(columns)
-    figure = plt.figure(figsize=(width, max(2.2, ROW_INCHES * tallest + 0.6)))
-    bottom, top = 0.5 / figure.get_figheight(), 1.0
-    step = (top - bottom) / tallest
+    columns = [column for column in columns if column]
+    if not columns:
+        return None
+    tallest = max(sum(len(panel.rows) + 3 for panel in column) for column in columns)
+    figure = plt.figure(figsize=(5.2 * len(columns), ROW_INCHES * (tallest + 1.5)))
+    step = 1 / (tallest + 1.5)
     for c, column in enumerate(columns):
-        at = top
-        for title, rows, labels in column:
-            at -= 1.5 * step
-            height = len(rows) * step
-            left = (c + 0.33) / len(columns)
-            axes = figure.add_axes((left, at - height, 0.63 / len(columns), height))
-            _bars(axes, rows, labels, title, unit)
-            axes.tick_params(axis="x", labelsize=7)
-            at -= height + 0.5 * step
-    figure.text(0.01, 0.12 / figure.get_figheight(), note, fontsize=8, color="#444444")
+        at = 1.0
+        for panel in column:
+            at -= 1.6 * step
+            title_at = ((c + 0.02) / len(columns), at + 0.3 * step)
+            figure.text(*title_at, panel.title, fontsize=10, weight="bold")
+            height = len(panel.rows) * step
+            left, width = (c + 0.36) / len(columns), 0.52 / len(columns)
+            _bars(figure.add_axes((left, at - height, width, height)), panel)
+            at -= height + 1.4 * step
+    figure.text(0.01, 0.4 * step, NOTE, fontsize=8, color="#444444")
     return figure
 
 
 NOTE = "black tick: the bar; blue: met; orange: missed; grey: no bar"
 
 
-def _panels(
-    record: Record, groups: dict[str, str], chosen: Sequence[str]
-) -> list[tuple[str, list[Row], list[str]]]:
-    """(title, rows, labels) of the groups that have rows against one of the `chosen` peers."""
-    panels = []
-    by_group = record.groups()
-    for group, title in groups.items():
-        rows = [r for r in by_group.get(group, []) if r.peer in chosen and r.ratio is not None]
-        if rows:
-            several = len({r.peer for r in rows}) > 1
-            labels = [
-                label(r) + (f", {NAMES.get(r.peer, r.peer)}" if several else "") for r in rows
-            ]
-            panels.append((title, rows, labels))
-    return panels
+@dataclass(frozen=True)
+class Panel:
+    """Bars under one title."""
+
+    title: str
+    rows: list[Row]
+    labels: list[str]
 
 
-def label(row: Row) -> str:
-    """The name without its group, in words: bf16, D=64, causal."""
-    parts = row.name.split("/")[1:]
-    words = []
-    for part in parts:
-        if part[:1] == "d" and part[1:].isdigit():
-            words.append(f"D={part[1:]}")
-        elif part[:1] == "s" and part[1:].isdigit():
-            words.append(f"S={part[1:]}")
-        else:
-            words.append(part)
-    return ", ".join(words)
+def panel(
+    record: Record, group: str, title: str, peers: Sequence[str] = (), within: str = ""
+) -> list[Panel]:
+    """A panel of the group's rows against `peers` (none: every share of a peak), of those with
+    `within` in their name; an empty list when there are none."""
+    rows = [
+        row
+        for row in record.groups().get(group, [])
+        if row.ratio is not None
+        and (not within or f"/{within}/" in row.name)
+        and (row.peer in peers if peers else row.ratio_unit == "%" and "full" not in row.peer)
+    ]
+    return [Panel(title, rows, labels(rows, bool(peers)))] if rows else []
+
+
+def labels(rows: Sequence[Row], with_peers: bool) -> list[str]:
+    """What tells the rows apart: the parts of their names, and peers, that are not all the same."""
+    words = [
+        row.name.split("/")[1:] + ([NAMES.get(row.peer, row.peer)] if with_peers else [])
+        for row in rows
+    ]
+    if len({len(w) for w in words}) > 1:
+        return [row.name for row in rows]
+    kept = [i for i in range(len(words[0])) if len({w[i] for w in words}) > 1] or [0]
+    return [", ".join(_word(w[i]) for i in kept) for w in words]
+
+
+def _word(part: str) -> str:
+    if part[:1] in ("d", "s", "w") and part[1:].isdigit():
+        return {"d": "D=", "s": "S=", "w": "window "}[part[0]] + part[1:]
+    return WORDS.get(part, part)
+
+
+WORDS = {
+    "alibi": "ALiBi",
+    "window256": "window 256",
+    "document": "documents",
+    "relu": "ReLU",
+    "user-softmax-lse": "user softmax, lse",
+    "user-softmax-mr": "user softmax, m and r",
+    "bias-fp32": "[H,S,S] in fp32",
+    "bias-bf16": "[H,S,S] in bf16",
+    "t5-fp32": "T5 in fp32",
+    "t5-bf16": "T5 in bf16",
+}
 
 
 def against_torch(record: Record) -> Figure | None:
     """How many times as fast as SDPA and FlexAttention."""
-    left = _panels(
-        record,
-        {"forward": "forward: times SDPA's speed", "short": "short: times SDPA's speed"},
-        ("sdpa",),
-    )
-    right = _panels(record, {"training": "forward + backward: times SDPA's speed"}, ("sdpa",))
-    right += _panels(record, {"variants": "variants: times FlexAttention's speed"}, ("flex",))
-    right += _panels(record, {"decode": "decode: times the peer's speed"}, ("sdpa", "flex"))
-    columns = [column for column in (left, right) if column]
-    return _stack(columns, "x", NOTE) if columns else None
+    left = panel(record, "forward", "Forward: times SDPA's speed", ["sdpa"])
+    left += panel(record, "short", "64 short heads, bf16: times SDPA's speed", ["sdpa"])
+    right = panel(record, "training", "Forward + backward: times SDPA's speed", ["sdpa"])
+    right += panel(record, "variants", "Variants: times FlexAttention's speed", ["flex"])
+    right += panel(record, "decode", "Decode, bf16: times the peer's speed", ["sdpa", "flex"])
+    return _stack([left, right])
 
 
 def own_costs(record: Record) -> Figure | None:
     """What mods, masks, row functions and parameters cost beside our own plain kernel."""
-    kernel = ("our plain kernel",)
-    left = _panels(record, {"variants": "mods: times our plain kernel's time"}, kernel)
-    left += _panels(
-        record, {"windows": "windows: time per visited pair / full causal's"},
-        ("causal, per visited pair",),
+    visited, memory = ["causal, per visited pair"], ["bytes of q + k + v"]
+    left = panel(record, "variants", "Mods: times our plain kernel's time", ["our plain kernel"])
+    left += panel(record, "windows", "Windows: time per visited pair, causal = 1", visited)
+    left += panel(
+        record, "bias", "Bias, forward + backward: times the plain time", ["our plain"]
     )  # fmt: skip
-    left += _panels(
-        record, {"bias": "forward + backward with bias: times plain's time"}, ("our plain",)
+    title = "times softmax's time"
+    right = panel(record, "rows", f"Row functions: {title}", ["our softmax"], "forward")
+    right += panel(
+        record, "rows", f"Forward + backward: {title}", ["our softmax"], "forward+backward"
     )
-    right = _panels(record, {"rows": "row functions: times softmax's time"}, ("our softmax",))
-    right += _panels(
-        record, {"memory": "extra memory: times the bytes of q + k + v"}, ("bytes of q + k + v",)
-    )
-    columns = [column for column in (left, right) if column]
-    return _stack(columns, "x", NOTE) if columns else None
+    right += panel(record, "memory", "Extra memory: times the bytes of q, k, v", memory)
+    return _stack([left, right])
 
 
 def shares(record: Record) -> Figure | None:
     """Shares, in %: of the measured peak, and of the rate without a mask."""
-    titles = {
-        "forward": "forward: % of the matmul peak",
-        "training": "forward + backward: % of the matmul peak",
-        "decode": "decode: % of the streaming read",
-    }
-    columns: list[list[tuple[str, list[Row], list[str]]]] = [[], []]
-    by_group = record.groups()
-    for group, title in titles.items():
-        rows = [r for r in by_group.get(group, []) if r.ratio_unit == "%" and "full" not in r.peer]
-        if rows:
-            columns[0].append((title, rows, [label(r) for r in rows]))
-    columns[1] = _panels(
-        record, {"forward": "causal: % of full's rate per FLOP"}, ("full, per FLOP",)
-    )
-    columns = [column for column in columns if column]
-    return _stack(columns, "%", NOTE) if columns else None
+    left = panel(record, "forward", "Forward: % of the matmul peak")
+    left += panel(record, "decode", "Decode, bf16: % of the streaming read")
+    left += panel(record, "training", "Forward + backward: % of the matmul peak")
+    right = panel(record, "forward", "Causal: % of full's rate per FLOP", ["full, per FLOP"])
+    return _stack([left, right])

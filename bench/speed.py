@@ -134,7 +134,8 @@ def _sentences(record: Record) -> list[str]:
     decode = record.groups().get("decode", [])
     share = next((r for r in decode if r.ratio_unit == "%"), None)
     if share is not None:
-        times = [f"{r.ratio_text} {r.peer}'s speed" for r in decode if r.peer_value]
+        names = {"sdpa": "SDPA's", "flex": "FlexAttention's"}
+        times = [f"{r.ratio_text} {names[r.peer]} speed" for r in decode if r.peer in names]
         said.append(
             f"One query against 8192 keys (32 heads on 8, D=128, bf16) takes {share.ours:.2g} ms: "
             f"{share.ratio_text} of the streaming read, {' and '.join(times)}."
@@ -158,7 +159,10 @@ def _sentences(record: Record) -> list[str]:
         f"{met} of {bars} bars are met;{missing} every row, with its bar, and the plots: "
         "[bench/results/report.md](bench/results/report.md)."
     )
-    return ["", " ".join(said)]
+    lines = ["", " ".join(said)]
+    if any(row.intensity is not None for row in record.rows):
+        lines += ["", "![Roofline of every case](bench/results/roofline.png)"]
+    return lines
 
 
 def _join(texts: list[str | None]) -> str:
