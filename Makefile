@@ -52,7 +52,8 @@ bench: $(STAMPS)/installed
 
 # Against a torch that is there: that of .venv, else PYTHON's. Only where neither has one is it fetched.
 WHEEL := -m pip wheel --no-build-isolation --no-deps -w dist .
-CAN_BUILD := import ninja, pybind11, setuptools, torch; assert setuptools.__version__ >= "77"
+CAN_BUILD := import ninja, pybind11, setuptools, torch; \
+  assert int(setuptools.__version__.split(".")[0]) >= 77
 wheel:
 	@for python in $(BIN)/python $(PYTHON); do \
 	  if "$$python" -c '$(CAN_BUILD)' 2>/dev/null; then exec "$$python" $(WHEEL); fi; \

@@ -1,9 +1,10 @@
 """From generated source to a checked shared object, compiled once and remembered for good.
 
-Looked for in ATTNENGINE_AOT_PATH and in the cache, else compiled. Any number of threads and
+Looked for among the prebuilt modules and in the cache, else compiled. Any number of threads and
 processes may ask for the same module: one compiles it, and the others wait for that.
 """
 
+import importlib.metadata
 import os
 import tempfile
 import threading
@@ -11,20 +12,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from attnengine import cache, settings
+from attnengine import cache, prebuilt, settings
 from attnengine.cache import Store
-from attnengine.cache_entry import MANIFEST, read_manifest, seal, write_file
+from attnengine.cache_entry import KERNEL, MANIFEST, read_manifest, seal, write_file
 from attnengine.cache_lock import hold
 from attnengine.cache_upkeep import prune
 from attnengine.compiler import Compiler
 from attnengine.errors import BuildError, CacheError, KernelUnavailable
-from attnengine.staging import Rejected, Unit, compile_unit, name_unit
+from attnengine.staging import Rejected, Unit, build_id, compile_unit, name_unit
 
 _guard = threading.Lock()
 _once: dict[str, threading.Lock] = {}
 _paths: dict[tuple[Path, str], Path] = {}
 _failed: dict[str, str] = {}
 _collected: list[tuple[Unit, Path]] | None = None
+
+_SHIPPED = (KERNEL, "kernel.cpp")  # not the command and the log, which name this machine's paths
 
 
 def module(source: str, isa: str, label: str) -> Path:
@@ -59,18 +62,24 @@ def module(source: str, isa: str, label: str) -> Path:
     return path
 
 
-def _resolve(wanted: Unit) -> Path:
+def ready(wanted: Unit) -> Path | None:
+    """The verified kernel.so of a unit that need not be compiled, or None."""
     names = [wanted.content] + ([wanted.digest] if wanted.digest else [])
-    found = cache.find_prebuilt(names)
+    found = prebuilt.find(names, build_id())
     if found is None and wanted.digest is not None:
         found = cache.find(wanted.digest)
+    return found
+
+
+def _resolve(wanted: Unit) -> Path:
+    found = ready(wanted)
     if found is not None:
         return found
     digest, compiler = wanted.digest, wanted.compiler
     if digest is None or not isinstance(compiler, Compiler):
-        raise KernelUnavailable(_unavailable(wanted, str(compiler)))
+        raise _unavailable(wanted, str(compiler))
     if settings.jit_disabled():
-        raise KernelUnavailable(_unavailable(wanted, "ATTNENGINE_DISABLE_JIT is set"))
+        raise _unavailable(wanted, "ATTNENGINE_DISABLE_JIT is set")
     if digest in _failed:
         raise BuildError(_failed[digest])
 
@@ -93,16 +102,25 @@ def _resolve(wanted: Unit) -> Path:
         raise BuildError(f"compiling {wanted.label!r} failed: {error}") from error
 
 
-def _unavailable(wanted: Unit, reason: str) -> str:
-    prebuilt = os.pathsep.join(map(str, settings.aot_paths())) or "(unset)"
-    return (
+def _unavailable(wanted: Unit, reason: str) -> KernelUnavailable:
+    aot = os.pathsep.join(map(str, settings.aot_paths())) or "(unset)"
+    wheels = os.pathsep.join(map(str, prebuilt.installed())) or "(none)"
+    return KernelUnavailable(
         f"kernel {wanted.label!r} ({wanted.isa}, digest {wanted.content}) is not prebuilt and "
         f"cannot be compiled: {reason}.\n"
-        f"  looked in ATTNENGINE_AOT_PATH: {prebuilt}\n"
-        f"  looked in the cache: {settings.cache_dir()}\n"
-        "  next step: install g++ 11 or newer, or run where there is one\n"
-        "    attnengine prebuild my_kernels.py:run --out DIR\n"
-        "  and set ATTNENGINE_AOT_PATH=DIR here"
+        f"  looked in ATTNENGINE_AOT_PATH: {aot}\n"
+        f"  looked in installed wheels of kernels: {wheels}\n"
+        f"  looked in the cache: {settings.cache_dir()}",
+        remedy("FILE", wanted.isa),
+    )
+
+
+def remedy(specs: str, isa: str) -> str:
+    """What to do about a missing module: the prebuild command, with its --specs argument."""
+    return (
+        "  next step: install g++ 11 or newer, or where there is one run\n"
+        f"    attnengine prebuild --specs {specs} --target cpu:{isa} --out DIR\n"
+        "  and here set ATTNENGINE_AOT_PATH=DIR (or pip install the wheel that --wheel makes)"
     )
 
 
@@ -119,9 +137,14 @@ def collecting() -> Iterator[list[tuple[Unit, Path]]]:
 
 def export(modules: list[tuple[Unit, Path]], out: Path) -> int:
     """Copies modules into a folder for ATTNENGINE_AOT_PATH, readable by everybody, under names that
-    do not depend on the compiler. Returns how many were new there."""
+    do not depend on the compiler. Returns how many were new there. Raises CacheError when the
+    folder cannot be written or has modules of another build."""
     target, new = Store(out), 0
-    target.entries.mkdir(parents=True, exist_ok=True)
+    try:
+        target.entries.mkdir(parents=True, exist_ok=True)
+        prebuilt.mark(out, build_id(), version())
+    except OSError as error:
+        raise CacheError(f"{out} cannot be written: {error}") from error
     for wanted, path in modules:
         folder = target.entry(wanted.content)
         if folder.exists():
@@ -132,7 +155,7 @@ def export(modules: list[tuple[Unit, Path]], out: Path) -> int:
         with tempfile.TemporaryDirectory(prefix=".new-", dir=target.entries) as staged:
             entry = Path(staged) / "entry"
             entry.mkdir(mode=0o755)
-            for name in known["files"]:
+            for name in sorted(known["files"].keys() & _SHIPPED):
                 write_file(entry / name, (path.parent / name).read_bytes())
             seal(entry, wanted.content, known["label"], facts)
             for file in entry.iterdir():
@@ -146,11 +169,20 @@ def export(modules: list[tuple[Unit, Path]], out: Path) -> int:
     return new
 
 
+def version() -> str:
+    """attnengine's own, as its metadata says."""
+    try:
+        return importlib.metadata.version("attnengine")
+    except importlib.metadata.PackageNotFoundError:  # on PYTHONPATH, not installed
+        return "unknown"
+
+
 def forget() -> None:
     """Forgets which modules were found and which failed, as a new process would."""
     _paths.clear()
     _failed.clear()
     cache.forget()
+    prebuilt.forget()
 
 
 def _after_fork() -> None:

@@ -6,9 +6,10 @@
     root/tmp/                  staging; whatever a killed process leaves is removed later
     root/failed/, quarantine/  the last failed builds and altered entries, for their reader
 
-Modules are looked for in ATTNENGINE_AOT_PATH, then in the user's cache, then in a folder private
-to this process, which takes the place of a cache that cannot be written. Everything is published
-by one rename and checked against its manifest before it is used.
+Modules are looked for in ATTNENGINE_AOT_PATH, in installed wheels of kernels, in the user's cache,
+then in a folder private to this process, which takes the place of a cache that cannot be written.
+Everything is published by one rename and checked against its manifest before it is used. Prebuilt
+modules (prebuilt.py) are in the same layout.
 """
 
 import atexit
@@ -269,31 +270,6 @@ def find(digest: str) -> Path | None:
     return None
 
 
-_bad_aot: set[Path] = set()
-
-
-def find_prebuilt(digests: list[str]) -> Path | None:
-    """The verified kernel.so of the first of these digests in ATTNENGINE_AOT_PATH, or None.
-    An altered entry there is reported once and left alone."""
-    for root in settings.aot_paths():
-        for digest in digests:
-            folder = Store(root).entry(digest)
-            try:
-                verify(folder, shared=True)
-                return folder / KERNEL
-            except FileNotFoundError:
-                continue
-            except (CacheError, OSError) as error:
-                if folder not in _bad_aot:
-                    _bad_aot.add(folder)
-                    warnings.warn(
-                        f"attnengine: prebuilt module not used: {error}",
-                        RuntimeWarning,
-                        stacklevel=3,
-                    )
-    return None
-
-
 def _text_path(store: Store, kind: str, digest: str) -> Path:
     if not _KIND.fullmatch(kind):
         raise ValueError(f"kind={kind!r}: expected a lower-case word of at most 32 characters")
@@ -354,7 +330,6 @@ def forget() -> None:
         _private = None
         _user.clear()
         _read_only.clear()
-        _bad_aot.clear()
 
 
 def discard(store: Store, folder: Path) -> None:

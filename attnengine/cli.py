@@ -5,9 +5,9 @@ Each command imports what it needs by itself, so that `attnengine cache ls` star
 
 import argparse
 import ast
+import dataclasses
 import importlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import sys
@@ -65,9 +65,23 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--dim", type=int, default=64)
     explain.add_argument("--dtype", choices=("bf16", "fp16", "fp32", "fp64"), default="bf16")
 
-    prebuild = command("prebuild", _prebuild, "run a function and keep every kernel it used")
-    prebuild.add_argument("function", help="FILE.py:NAME or MODULE:NAME, called without arguments")
-    prebuild.add_argument("--out", type=Path, required=True, help="for ATTNENGINE_AOT_PATH")
+    prebuild = command("prebuild", _prebuild, "compile kernels ahead of time: a folder or a wheel")
+    prebuild.add_argument(
+        "--specs", required=True, metavar="FILE|builtin",
+        help="builtin[:NAME,...]; FILE.toml or FILE.json; FILE.py with SPECS; FILE.py:NAME or "
+        "MODULE:NAME, requests or a function that is run",
+    )  # fmt: skip
+    prebuild.add_argument(
+        "--target", default="cpu", metavar="cpu[:ISA]", help="an instruction set, or cpu:all"
+    )
+    prebuild.add_argument(
+        "--out", type=Path, required=True, help="a folder for ATTNENGINE_AOT_PATH, or NAME.whl"
+    )
+    prebuild.add_argument("--wheel", action="store_true", help="make a wheel in the folder --out")
+    prebuild.add_argument("--jobs", type=int, help="compiles at a time; default: processors")
+    prebuild.add_argument("--dtypes", type=_words, default=[], help="instead of the requests'")
+    prebuild.add_argument("--head-dims", type=_dims, default=[], help="such as 64,192x128")
+    prebuild.add_argument("--forward-only", action="store_true", help="without the gradients")
 
     cache = command("cache", _no_action, "look after the kernel cache")
     actions = cache.add_subparsers(title="actions", required=True, metavar="ACTION")
@@ -94,30 +108,6 @@ def _demo(options: Any) -> int:
     return int(importlib.import_module("attnengine.demo").main(options.rest) or 0)
 
 
-def _named(text: str) -> Any:
-    """The object that FILE.py:NAME or MODULE:NAME means."""
-    place, _, name = text.rpartition(":")
-    if not place or not name:
-        raise ValueError(f"{text!r}: expected FILE.py:NAME or MODULE:NAME")
-    if place.endswith(".py"):
-        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-        if spec is None or spec.loader is None or not Path(place).is_file():
-            raise ValueError(f"{place!r} is not a Python file")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules.setdefault(spec.name, module)
-        spec.loader.exec_module(module)
-    else:
-        sys.path.insert(0, os.getcwd())
-        try:
-            module = importlib.import_module(place)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"{place!r} cannot be imported: {error}") from None
-    try:
-        return getattr(module, name)
-    except AttributeError:
-        raise ValueError(f"{place!r} has no {name!r}") from None
-
-
 def _assignments(words: list[str]) -> dict[str, Any]:
     found = {}
     for word in words:
@@ -135,9 +125,10 @@ def _explain(options: Any) -> int:
     import torch
 
     import attnengine
+    from attnengine.prebuild import named_object
 
     if ":" in options.variant:
-        variant = _named(options.variant)
+        variant = named_object(options.variant)
     else:
         variants = importlib.import_module("attnengine.variants")
         variant = None if options.variant[0] == "_" else getattr(variants, options.variant, None)
@@ -165,21 +156,26 @@ def _explain(options: Any) -> int:
     return 0
 
 
-def _prebuild(options: Any) -> int:
-    from attnengine import build
+def _words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
 
-    function = _named(options.function)
-    if not callable(function):
-        raise ValueError(f"{options.function} is a {type(function).__name__}, not a function")
-    with build.collecting() as used:
-        function()
-    if not used:
-        raise ValueError(f"{options.function} ran without using any kernel")
-    new = build.export(used, options.out)
-    names = {wanted.content for wanted, _ in used}
-    print(f"{len(names)} kernels used, {new} new in {options.out}")
-    print(f"use them with ATTNENGINE_AOT_PATH={options.out.absolute()}")
-    return 0
+
+def _dims(text: str) -> list[int | tuple[int, int]]:
+    """Head dims: 64 or 192x128 (D x Dv), separated by commas."""
+    pairs = [tuple(map(int, word.split("x"))) for word in _words(text)]
+    if any(len(pair) not in (1, 2) for pair in pairs):
+        raise ValueError
+    return [pair[0] if len(pair) == 1 else (pair[0], pair[1]) for pair in pairs]
+
+
+def _prebuild(options: Any) -> int:
+    from rich.console import Console
+
+    from attnengine.prebuild_run import Options, prebuild
+
+    given = vars(options)
+    wanted = Options(**{field.name: given[field.name] for field in dataclasses.fields(Options)})
+    return prebuild(wanted, Console())
 
 
 def _doctor(options: Any) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 from attnengine import settings
 from attnengine.cache import text_get, text_put
 from attnengine.cache_entry import canonical, sha256
+from attnengine.elf import read_shared_object
 
 _NAMES = ("c++", "g++", "clang++")  # c++ first: cpp_extension's own default
 _WRAPPERS = ("ccache", "sccache", "distcc", "env")
@@ -210,6 +211,22 @@ def _kill_inside(folder: Path) -> bool:
         except OSError:
             continue  # gone, or another user's
     return found
+
+
+def inspect(library: Path, symbols: tuple[str, ...]) -> None:
+    """Checks a new module by its ELF tables, for an instruction set that cannot run here: its
+    symbols, that all it refers to was found when it was linked, and that it does not bring torch's
+    libraries along. Raises CompileFailed."""
+    try:
+        found = read_shared_object(library.read_bytes())
+    except ValueError as error:
+        raise CompileFailed(f"the module does not load: {error}", "", final=False) from None
+    missing = [name for name in symbols if name not in found.defined]
+    if missing or found.unbound:
+        text = ", ".join([*missing, *found.unbound])
+        raise CompileFailed(f"the module has undefined symbols: {text}", "", final=True)
+    if any(name.startswith(("libtorch", "libc10")) for name in found.needed):
+        raise CompileFailed("the module depends on torch's libraries", "", final=True)
 
 
 _TRIAL = """

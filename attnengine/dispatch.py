@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from . import build, cache, library, serialize, settings
+from . import build, builtin, cache, library, serialize, settings
 from .arch import ISAS
 from .aten import Unsupported
 from .capture import Captures, captures_of_spec
 from .derive import Derived, derive
-from .errors import TraceError
+from .errors import KernelUnavailable, TraceError
 from .ir import DTYPE_NAMES, TORCH_DTYPES
 from .key import KernelKey, backward_key, forward_key
 from .plan import Plan, candidates
@@ -139,9 +139,21 @@ class Program:
         return text if self.isa == default_isa() else serialize.with_isa(text, self.isa)
 
     def _load(self, kind: str, source: str) -> int:
-        path = build.module(source, self.isa, f"{kind} {self.name}")
+        try:
+            path = build.module(source, self.isa, f"{kind} {self.name}")
+        except KernelUnavailable as error:
+            raise KernelUnavailable(error.problem, self._remedy(kind, source)) from None
         captures = [(rank, TORCH_DTYPES[dtype]) for dtype, rank in self.sources.captures]
         return library.load_kernel(path, captures)
+
+    def _remedy(self, kind: str, source: str) -> str:
+        meaning = serialize.load(self.sources.meaning)
+        key = (self.element, meaning.head_dim, meaning.value_dim, self.isa)
+
+        def same(spec: AttentionSpec) -> bool:
+            return getattr(program(spec, captures_for(spec), *key).sources, kind) == source
+
+        return builtin.prebuild_command(*key, same)
 
 
 _programs: dict[tuple, Program] = {}

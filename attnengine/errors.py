@@ -19,7 +19,15 @@ class BuildError(AttnEngineError, RuntimeError):
 
 
 class KernelUnavailable(AttnEngineError, RuntimeError):
-    """A kernel is in no cache and cannot be compiled here: lists where it was looked for."""
+    """A kernel is in no cache and cannot be compiled here: lists where it was looked for, and the
+    command that makes it elsewhere (``problem`` and ``remedy``)."""
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        super().__init__(problem, remedy)
+        self.problem, self.remedy = problem, remedy
+
+    def __str__(self) -> str:
+        return f"{self.problem}\n{self.remedy}" if self.remedy else self.problem
 
 
 class CacheError(AttnEngineError, RuntimeError):

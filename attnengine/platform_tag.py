@@ -17,8 +17,8 @@ _OLDEST = 17  # manylinux_2_17: torch has not run on anything older for years
 
 def platform_tag(libraries: Iterable[Path]) -> str:
     """The wheel platform of shared objects, such as ``manylinux_2_34_x86_64``: the newest GLIBC and
-    GLIBCXX symbol version that any of them refers to. Elsewhere than on glibc, the interpreter's own
-    platform (``linux_x86_64``)."""
+    GLIBCXX symbol version that any of them refers to. Without glibc, the interpreter's own platform
+    (``linux_x86_64``)."""
     if platform.libc_ver()[0] != "glibc":
         return re.sub(r"[-.]", "_", sysconfig.get_platform())
     minor = _OLDEST

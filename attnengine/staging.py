@@ -26,6 +26,7 @@ from attnengine.compiler import (
     Compiler,
     compile_shared,
     find_compiler,
+    inspect,
     is_plain_path,
     trial,
 )
@@ -116,6 +117,31 @@ def flags(isa: str) -> tuple[str, ...]:
     return _CFLAGS
 
 
+def build_id() -> str:
+    """Names every module that this build of attnengine can use at all: ABI, templates and flags.
+
+    What else decides a module, its source, is in its own name; a generator that has changed makes
+    other sources, but the modules of the same sources stay right.
+    """
+    tree = headers()
+    key = {
+        "schema": SCHEMA,
+        "abi": tree.abi,
+        "templates": tree.digest,
+        "machine": platform.machine().lower(),
+        "cflags": [_CFLAGS, _ISA_FLAGS],
+        "ldflags": _LDFLAGS,
+    }
+    return sha256(canonical(key))
+
+
+def runs_here(isa: str) -> bool:
+    """Whether this processor has the instruction set, one of settings.ISAS."""
+    from attnengine import _host  # only who compiles asks
+
+    return settings.ISAS.index(isa) <= settings.ISAS.index(_host.cpu_isa())
+
+
 @dataclass(frozen=True)
 class Unit:
     """One module to be had: its source, and the two names under which it is looked for."""
@@ -185,7 +211,10 @@ def compile_unit(store: Store, wanted: Unit, digest: str, compiler: Compiler) ->
                 settings.build_timeout_s(),
             )
             write_file(entry / KERNEL, data)
-            trial(entry / KERNEL, wanted.abi, _SYMBOLS)
+            if runs_here(wanted.isa):
+                trial(entry / KERNEL, wanted.abi, _SYMBOLS)
+            else:
+                inspect(entry / KERNEL, _SYMBOLS)
         except CompileFailed as failure:
             raise _failure(store, wanted, digest, command, work, failure, started) from None
         seconds = round(time.monotonic() - started, 3)

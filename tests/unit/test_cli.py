@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from attnengine import build, cache, cache_entry, cli
+from attnengine import build, cache, cache_entry, cli, prebuilt, staging
 from attnengine.cache import Store
 
 
@@ -87,12 +87,13 @@ def test_prune_and_clear(store: Store, capsys: pytest.CaptureFixture[str]) -> No
     "words, message",
     [
         (["cache", "prune", "--limit-mb", "-1"], "--limit-mb=-1.0: expected a number >= 0"),
-        (["prebuild", "nothing", "--out", "x"], "expected FILE.py:NAME or MODULE:NAME"),
-        (["prebuild", "/nowhere.py:run", "--out", "x"], "is not a Python file"),
-        (["prebuild", "no_such_module_here:run", "--out", "x"], "cannot be imported"),
-        (["prebuild", "json:nothing", "--out", "x"], "'json' has no 'nothing'"),
-        (["prebuild", "sys:path", "--out", "x"], "is a list, not a function"),
-        (["prebuild", "os:getcwd", "--out", "x"], "without using any kernel"),
+        (["prebuild", "--specs", "nothing", "--out", "x"], "expected FILE.py:NAME or MODULE:NAME"),
+        (["prebuild", "--specs", "/nowhere.py:run", "--out", "x"], "is not a Python file"),
+        (["prebuild", "--specs", "no_such_module_here:run", "--out", "x"], "cannot be imported"),
+        (["prebuild", "--specs", "json:nothing", "--out", "x"], "'json' has no 'nothing'"),
+        (["prebuild", "--specs", "sys:path", "--out", "x"], "item 0 is a str, not a Request"),
+        (["prebuild", "--specs", "os:sep", "--out", "x"], "is a str, not a function"),
+        (["prebuild", "--specs", "os:getcwd", "--out", "x"], "without using any kernel"),
     ],
 )
 def test_wrong_arguments_are_explained(
@@ -191,10 +192,10 @@ def test_prebuild_copies_what_the_function_used(
 
     monkeypatch.setattr(build, "module", module)
     out = tmp_path / "aot"
-    assert cli.main(["prebuild", f"{file}:run", "--out", str(out)]) == 0
-    assert "2 kernels used, 2 new" in capsys.readouterr().out
+    assert cli.main(["prebuild", "--specs", f"{file}:run", "--out", str(out)]) == 0
+    assert "2 kernels, 2 new" in capsys.readouterr().out
     monkeypatch.setenv("ATTNENGINE_AOT_PATH", str(out))
-    found = cache.find_prebuilt([kernels[0].parent.name])
+    found = prebuilt.find([kernels[0].parent.name], staging.build_id())
     assert found is not None and out in found.parents
 
 

@@ -19,12 +19,16 @@ STAGES: dict[str, tuple[str, ...]] = {
     "normalize": ("key", "serialize", "blockmask"),
     "plan": ("arch", "plan"),
     "generate": ("emit", "unit", "source", "source_backward"),
-    "build": ("cache_entry", "cache_lock", "cache", "cache_upkeep", "compiler", "staging", "build"),
-    "run": (
-        "library", "masks", "memory", "dispatch", "explain", "ops", "backward", "handle", "api",
+    "build": (
+        "cache_entry", "cache_lock", "cache", "cache_upkeep", "prebuilt", "elf", "compiler",
+        "staging", "build",
     ),
-    "faces": ("demo", "cli"),
-}
+    "run": (
+        "library", "masks", "memory", "builtin", "dispatch", "explain", "ops", "backward",
+        "handle", "api",
+    ),
+    "faces": ("demo", "prebuild", "kernel_wheel", "prebuild_run", "cli"),
+}  # fmt: skip
 ORDER = [module for modules in STAGES.values() for module in modules]
 
 

@@ -1,0 +1,188 @@
+"""The work of `attnengine prebuild`: generate, compile what is missing, write folder or wheel."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from . import build, dispatch, settings, staging
+from .cache import Store
+from .errors import BuildError
+from .kernel_wheel import write_wheel
+from .prebuild import Kernel, Request, as_requests, kernels, read_requests
+
+_SECONDS = 8.0  # one module on one core, where the cache knows of none: measured on 2 x86 cores
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says. ``dtypes``, ``head_dims`` and ``forward_only`` overrule what the
+    requests say; ``jobs`` None: one for each processor of this process."""
+
+    specs: str
+    target: str
+    out: Path
+    wheel: bool = False
+    jobs: int | None = None
+    dtypes: Sequence[str] = ()
+    head_dims: Sequence[Any] = ()
+    forward_only: bool = False
+
+
+def prebuild(options: Options, console: Console) -> int:
+    """Makes the kernels and prints what it does. Returns 1 when some could not be compiled.
+
+    Raises ValueError for options that do not fit, KernelUnavailable without a compiler, CacheError
+    or OSError when the result cannot be written.
+    """
+    isas = target_isas(options.target)
+    found = read_requests(options.specs)
+    used: list[tuple[staging.Unit, Path]] = []
+    if callable(found):
+        used, found = _called(found, options.specs, isas)
+    wanted = _generated(_overruled(found, options), isas, console)
+    made, failed = _compiled(wanted, options.jobs, console)
+    _write([*used, *made], options, console)
+    if failed:
+        console.print(next(iter(failed.values())), style="red", markup=False, soft_wrap=True)
+        labels = ", ".join(failed)
+        console.print(f"{len(failed)} kernels could not be compiled: {labels}", markup=False)
+    return 1 if failed else 0
+
+
+def target_isas(target: str) -> list[str]:
+    """The instruction sets of a target: cpu (this machine's best), cpu:ISA or cpu:all."""
+    device, _, isa = target.partition(":")
+    if device == "cpu" and isa in ("", "all", *settings.ISAS):
+        return [dispatch.default_isa()] if not isa else [isa] if isa != "all" else [*settings.ISAS]
+    words = ", ".join(f"cpu:{isa}" for isa in (*settings.ISAS, "all"))
+    raise ValueError(f"--target {target}: expected cpu (this machine's best) or {words}")
+
+
+def _called(
+    function: Callable[[], Any], name: str, isas: list[str]
+) -> tuple[list[tuple[staging.Unit, Path]], list[Request]]:
+    """The modules that a function uses while it runs, and the requests that it returns."""
+    if len(isas) > 1 or not staging.runs_here(isas[0]):
+        raise ValueError(
+            f"{name} is a function, which is run to see what it uses: for one instruction set that "
+            "this processor has (--target cpu:ISA); attnengine.prebuild.Request is compiled for any"
+        )
+    requests: list[Request] = []
+    with settings.exported({"ATTNENGINE_ISA": isas[0]}), build.collecting() as used:
+        result = function()
+    if isinstance(result, (list, tuple)) and result and isinstance(result[0], Request):
+        requests = as_requests(result, name)
+    if not used and not requests:
+        raise ValueError(f"{name} ran without using any kernel")
+    return used, requests
+
+
+def _overruled(requests: Iterable[Request], options: Options) -> list[Request]:
+    changes: dict[str, Any] = {}
+    if options.dtypes:
+        changes["dtypes"] = tuple(options.dtypes)
+    if options.head_dims:
+        changes["head_dims"] = tuple(options.head_dims)
+    if options.forward_only:
+        changes["backward"] = False
+    return [dataclasses.replace(request, **changes) for request in requests]
+
+
+def _generated(requests: list[Request], isas: list[str], console: Console) -> list[Kernel]:
+    """The modules of all requests, each source once."""
+    programs = [(r, *p, isa) for isa in isas for r in requests for p in r.programs()]
+    found: dict[tuple[str, str], Kernel] = {}
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("generating", total=len(programs))
+        for request, dtype, d, dv, isa in programs:
+            progress.update(task, description=f"generating {request.name}")
+            for kernel in kernels(request, dtype, d, dv, isa):
+                found.setdefault((kernel.isa, kernel.source), kernel)
+            progress.advance(task)
+    return list(found.values())
+
+
+def _compiled(
+    wanted: list[Kernel], jobs: int | None, console: Console
+) -> tuple[list[tuple[staging.Unit, Path]], dict[str, str]]:
+    """(modules, the error of each label that failed). Says how many there are, and how long it may take."""
+    jobs = len(os.sched_getaffinity(0)) if jobs is None else jobs
+    if jobs < 1:
+        raise ValueError(f"--jobs {jobs}: expected at least 1")
+    units = [staging.name_unit(k.source, k.isa, k.label) for k in wanted]
+    missing = [kernel for kernel, unit in zip(wanted, units, strict=True) if not build.ready(unit)]
+    if wanted:
+        text = f"{len(wanted)} kernels, {len(wanted) - len(missing)} of them compiled already"
+        if missing:
+            minutes = len(missing) * _typical_seconds() / min(jobs, len(missing)) / 60
+            about = f"{minutes:.0f} min" if minutes >= 1.5 else f"{max(1, minutes * 60):.0f} s"
+            text += f"; the others take about {about} with {jobs} jobs"
+        console.print(text)
+    failed: dict[str, str] = {}
+    with (
+        Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
+        ThreadPoolExecutor(jobs) as pool,
+    ):
+        task = progress.add_task("compiling", total=len(missing))
+        running = {pool.submit(build.module, k.source, k.isa, k.label): k for k in missing}
+        try:
+            for done in as_completed(running):
+                kernel = running[done]
+                progress.update(task, advance=1, description=f"compiled {kernel.label}")
+                try:
+                    done.result()
+                except BuildError as error:
+                    failed[kernel.label] = str(error)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    made = []
+    for unit in units:
+        path = build.ready(unit)
+        if path is not None:
+            made.append((unit, path))
+    return made, failed
+
+
+def _typical_seconds() -> float:
+    """What a module took, over those that the cache has."""
+    seconds = []
+    for record in Store(settings.cache_dir()).entries.glob("[0-9a-f][0-9a-f]/*/cmd.json"):
+        try:
+            seconds.append(float(json.loads(record.read_bytes())["seconds"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return sum(seconds) / len(seconds) if seconds else _SECONDS
+
+
+def _write(modules: list[tuple[staging.Unit, Path]], options: Options, console: Console) -> None:
+    count = len({unit.content for unit, _ in modules})
+    if not count:
+        return
+    out = options.out
+    if not options.wheel and out.suffix != ".whl":
+        new = build.export(modules, out)
+        console.print(f"{count} kernels, {new} new in {out}", soft_wrap=True)
+        console.print(f"use them with ATTNENGINE_AOT_PATH={out.absolute()}", soft_wrap=True)
+        return
+    name = "attnengine-kernels-" + options.target.removesuffix(":all").replace(":", "-")
+    place = out
+    if out.suffix == ".whl":
+        place, name = out.parent, out.name.removesuffix(".whl").partition("-")[0]
+    with tempfile.TemporaryDirectory() as folder:
+        build.export(modules, Path(folder))
+        wheel = write_wheel(Path(folder), place, name, build.version(), staging.build_id())
+    size = wheel.stat().st_size / 2**20
+    console.print(f"{count} kernels in {wheel} ({size:.1f} MiB)", soft_wrap=True)
+    console.print(f"use them with pip install --no-deps {wheel}", soft_wrap=True)
