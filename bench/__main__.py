@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ def cpu(args: argparse.Namespace, console: Console) -> int:
     if unknown:
         console.print(f"--only {unknown[0]}: no such group; there are {', '.join(ALL_GROUPS)}")
         return 2
+    began = time.monotonic()
     where = record.environment(args.threads)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("measuring peaks", total=None)
@@ -52,6 +54,7 @@ def cpu(args: argparse.Namespace, console: Console) -> int:
         tuple(session.failures),
     )
     record.summary(console, found)
+    console.print(f"The run took {(time.monotonic() - began) / 60:.1f} minutes.")
     folder = args.out or (None if args.quick or only else record.RESULTS)
     if folder is not None:
         paths = record.write(folder, "cpu", found)

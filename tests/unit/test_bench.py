@@ -133,6 +133,11 @@ def test_names_are_unique_and_groups_known() -> None:
     assert {name.split("/")[0] for name in names} <= set(ALL_GROUPS)
 
 
+def test_documented_groups_exist() -> None:
+    page = (record.RESULTS.parents[1] / "docs" / "benchmarks.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == set(ALL_GROUPS)
+
+
 @pytest.mark.parametrize("name", [*VARIANTS, "w100"])
 def test_live_pairs_are_those_of_the_mask(name: str) -> None:
     """Causal counts half, without half of the diagonal: n / 2 pairs less per document."""
