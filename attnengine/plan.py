@@ -7,12 +7,12 @@ and the target, never on lengths, so one kernel serves every shape.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 
-from .arch import CPU, LANE_LOOP, LANE_LOOP_OPS, OP_COST, CpuArch
+from . import diagonal
+from .arch import CPU, CpuArch
 from .derive import Derived
-from .ir import Node, walk
+from .ir import Node
 from .key import KernelKey
 from .trace import Traced
 
@@ -75,6 +75,12 @@ class Plan:
     def bf16_dot(self) -> bool:
         return self.multiply == "bf16"
 
+    @property
+    def lanes(self) -> int:
+        """Values of the accumulator type in one register."""
+        isa = self.target.partition(":")[2]
+        return CPU[isa].register_bytes // _BYTES[self.accumulator]
+
     def as_dict(self) -> dict:
         return asdict(self)
 
@@ -106,7 +112,7 @@ def candidates(key: KernelKey, traced: Traced, derived: Derived | None, isa: str
     out = []
     for block_m in (24, 48, 96):
         for block_n in (64, 128, 256):
-            out.append(_candidate(key, traced, arch, block_m, block_n, work))
+            out.append(_candidate(key, traced, derived, arch, block_m, block_n, work))
     return sorted(out, key=lambda p: (p.cost.total, p.scratch_bytes))
 
 
@@ -119,23 +125,18 @@ def _pointwise(key: KernelKey, traced: Traced, derived: Derived | None, arch: Cp
         roots += [row.weights_online, *row.new_state.values()]
     else:
         roots += [derived.weights, derived.dscore, *(s.value for s in derived.scatters)]
-    return _instructions(roots, lanes) + 6  # load, scale, liveness, store
-
-
-def _instructions(roots: Iterable[Node], lanes: int) -> float:
-    total = 0.0
-    for n in walk(roots):
-        if not n.vec or n.op in ("input", "const", "cast", "detach", "splat"):
-            total += 2.0 if n.op in ("sum", "amax", "amin", "prod") else 0.0
-        elif n.op in LANE_LOOP_OPS:
-            total += LANE_LOOP * lanes
-        else:
-            total += OP_COST.get(n.op, 1.0)
-    return total
+    kept = diagonal.find(traced, derived, lanes)
+    return diagonal.instructions(roots, lanes, kept) + 6  # load, scale, liveness, store
 
 
 def _candidate(
-    key: KernelKey, traced: Traced, arch: CpuArch, block_m: int, block_n: int, work: float
+    key: KernelKey,
+    traced: Traced,
+    derived: Derived | None,
+    arch: CpuArch,
+    block_m: int,
+    block_n: int,
+    work: float,
 ) -> Plan:
     d, dv = key.head_dim, key.value_dim
     accumulator = "f64" if key.element == "f64" else "f32"
@@ -176,15 +177,16 @@ def _candidate(
     # of every tile (measured: the time that is left when the other terms are taken away).
     overhead = block_m * 60.0 + (4000.0 if backward else 2500.0)
     # A mask's edge crosses tiles that are half empty; rows have 1024 live keys in this estimate.
-    diagonal = 0.0
+    edge = 0.0
     if traced.mask is not None:
-        diagonal = (block_m + block_n) / 2 / 1024 * (multiply_cycles + pointwise_cycles)
+        edge = (block_m + block_n) / 2 / 1024 * (multiply_cycles + pointwise_cycles)
     unit = 1000.0 / scores
     cost = Cost(
         multiply_cycles * unit, pointwise_cycles * unit, cache_cycles * unit,
-        (overhead + diagonal) * unit,
+        (overhead + edge) * unit,
     )  # fmt: skip
     merge = traced.row.merged is not None
+    kept = diagonal.find(traced, derived, lanes)
     tensors = (
         Tensor("Q", block_m, d, "L2", block_m * _round(d, lanes) * mul),
         Tensor("K", block_n, d, "L2", block_n * _round(d, 2 if dot else 1) * mul),
@@ -203,6 +205,9 @@ def _candidate(
         ("few tasks: KV is split and merged" if merge else
          "no merge(): KV is never split") if not backward else
         "KV chunks rotate over row chunks; sums have one order",
+        f"{len(kept.tables)} values and {len(kept.sums)} gradients depend on kv_idx - q_idx alone: "
+        "once per diagonal, not per pair" if kept.tables or kept.sums else
+        "no value costs enough to be kept per diagonal",
     )  # fmt: skip
     return Plan(
         key.kind, f"cpu:{arch.isa}", key.element, accumulator, multiply, d, dv, block_m, block_n,

@@ -32,6 +32,7 @@ def forward_source(traced: Traced, plan: Plan, key: KernelKey, saved_states: Seq
         *u.mask_members(),
         *u.row_struct(),
         *u.operand_mods(),
+        *u.diagonal_members(),
     ]
 
     e = u.emitter(indent=4)

@@ -29,16 +29,19 @@ def scatter_line(u: Unit, e: Emitter, s: Scatter, live: str) -> None:
     e.line(f"ae::{function}<{template}>({', '.join(args)});")
 
 
-def _owned(traced: Traced, derived: Derived, capture: int) -> str:
-    scatters = [s for s in (*derived.scatters, *derived.row_scatters) if s.capture == capture]
+def _owned(u: Unit, derived: Derived, capture: int) -> str:
+    """GradInfo: what is scattered once per diagonal is scattered when no task runs."""
+    summed = u.diagonals.sums
+    every = [s for s in (*derived.scatters, *derived.row_scatters) if s.capture == capture]
+    scatters = [s for s in every if s not in summed]
     operands = any(s.capture == capture for _, ss in derived.operands.values() for s in ss)
     out = []
     for name in ("b", "h", "q", "k"):
         out.append(
-            bool(scatters)
+            bool(every)
             and not operands
             and all(any(_plain(i, name) for i in s.index) for s in scatters)
-            and len({_where(s, name) for s in scatters}) == 1
+            and len({_where(s, name) for s in scatters}) <= 1
         )
     needs = capture in derived.grads
     return "{" + ", ".join(flag(x) for x in (needs, *out)) + "}"
@@ -55,7 +58,7 @@ def _where(s: Scatter, name: str) -> int:
 
 def backward_source(traced: Traced, derived: Derived, plan: Plan, key: KernelKey) -> str:
     """The backward unit."""
-    u = Unit(traced, plan, key)
+    u = Unit(traced, plan, key, derived)
     g, d, row = traced.graph, traced.dtype, traced.row
     stats = [f"saved:{n}" for n in row.saved] + [f"final:{n}" for n in derived.final_states]
     user = list(row.saved)
@@ -64,11 +67,11 @@ def backward_source(traced: Traced, derived: Derived, plan: Plan, key: KernelKey
     roots = [n for n in (traced.mask, traced.score) if n is not None]
     every = [*derived.scatters, *derived.row_scatters]
     roots += [derived.weights, derived.dscore, *(s.value for s in every)]
-    roots += [i for s in every for i in s.index]
+    roots += [i for s in every if s not in u.diagonals.sums for i in s.index]
     u.collect_row(roots)
     lines = header(plan, key, "cpu/backward.h")
     bits = sum(1 << c for c in derived.grads)
-    infos = ", ".join(_owned(traced, derived, c) for c in range(max(1, len(key.captures))))
+    infos = ", ".join(_owned(u, derived, c) for c in range(max(1, len(key.captures))))
     accs = ", ".join(str(len(p)) for p in derived.passes) or "0"
     needs = ", ".join(flag(_uses_dp(p)) for p in derived.passes) or "false"
     lines += [
@@ -85,6 +88,8 @@ def backward_source(traced: Traced, derived: Derived, plan: Plan, key: KernelKey
         *u.mask_members(),
         *u.row_struct(),
         *u.operand_mods(),
+        *u.diagonal_members(),
+        *_diagonal_sums(u),
         "  static void begin(const ae::Env& env, const Row& row, const A* stats, const A* dstats,",
         "                    A delta, A* r) {",
         "    (void)env, (void)row, (void)stats, (void)dstats, (void)delta, (void)r;",
@@ -120,7 +125,7 @@ def backward_source(traced: Traced, derived: Derived, plan: Plan, key: KernelKey
         "    const V low = ae::splat<V>(-A(__builtin_inf()));",
     ]
     vec_roots = [derived.weights, derived.dscore, *(s.value for s in derived.scatters)]
-    vec_roots += [i for s in derived.scatters for i in s.index]
+    vec_roots += [i for s in derived.scatters if s not in u.diagonals.sums for i in s.index]
     e = _with_scalars(u, scalars, vec_roots)
     e.line(END)
     body = u.open_loop(e, vec_roots)
@@ -134,13 +139,44 @@ def backward_source(traced: Traced, derived: Derived, plan: Plan, key: KernelKey
     body.line(f"const V ds = ae::mul(ae::splat<V>({ds}), scale);")
     body.line("ae::store_vector(dp + j, ae::select(alive, ds, V{}));")
     for s in derived.scatters:
-        scatter_line(u, body, s, "alive")
+        if s in u.diagonals.sums:
+            sums = f"grads[kCaptures + {u.diagonals.sums.index(s)}]"
+            value = f"ae::splat<V>({body.as_rep(s.value, u.d)})"
+            body.line(f"ae::diagonal_add({sums}, row.sums + (kv0 + j), alive, {value});")
+        else:
+            scatter_line(u, body, s, "alive")
     e.lines += body.lines
     e.line("}")
     lines += [*e.lines, "  }"]
     lines += _operand_vjps(u, derived)
     lines += ["};", "}  // namespace", "AE_EXPORT_BACKWARD(Plan, Fn)", ""]
     return "\n".join(lines)
+
+
+def _diagonal_sums(u: Unit) -> list[str]:
+    """The scatters that wait until the sums along diagonals are complete."""
+    sums = u.diagonals.sums
+    if not sums:
+        return []
+    lines = [
+        f"  static constexpr int kDiagonalSums = {len(sums)};",
+        "  template <int T>",
+        "  static void scatter_diagonal(const ae::Env& env, int64_t b, int64_t h, int64_t q,",
+        "                               int64_t kv0, L::Mask live, V value, A* const* grads) {",
+        "    (void)env, (void)b, (void)h, (void)q;",
+        "    const L::I32 k = ae::add(ae::iota<L::I32>(), int32_t(kv0));",
+    ]
+    for i, s in enumerate(sums):
+        e = u.diagonal_emitter()
+        indices = ", ".join(e.index(x) for x in s.index)
+        lines += [
+            f"    if constexpr (T == {i}) {{",
+            *e.lines,
+            f"      ae::scatter_add<A>(env, {s.capture}, grads[{s.capture}], live, value,",
+            f"                         {indices});",
+            "    }",
+        ]
+    return [*lines, "  }"]
 
 
 def _uses_dp(reductions: Sequence[Node]) -> bool:

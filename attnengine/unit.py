@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from . import diagonal
+from .derive import Derived
 from .emit import (
     ELEMENT,
     SCALAR,
@@ -51,7 +53,9 @@ def plan_struct(plan: Plan, key: KernelKey) -> list[str]:
 class Unit:
     """What the functors of one unit share: the row struct, masks, scores and dead keys."""
 
-    def __init__(self, traced: Traced, plan: Plan, key: KernelKey) -> None:
+    def __init__(
+        self, traced: Traced, plan: Plan, key: KernelKey, derived: Derived | None = None
+    ) -> None:
         self.t = traced
         self.plan = plan
         self.key = key
@@ -62,6 +66,7 @@ class Unit:
         # is positive (a handle folds its sign into q), so dot products of dead keys stay -inf.
         self.raw = plan.bf16_dot and traced.score is None
         self.ranges = Ranges()
+        self.diagonals = diagonal.find(traced, derived, plan.lanes)
         self.static: dict[int, bool] = {}
         self.fields: list[Node] = []
         self.names: dict[int, str] = {}
@@ -81,8 +86,9 @@ class Unit:
 
     def collect_row(self, roots: Iterable[Node]) -> None:
         found: dict[int, Node] = {}
-        for n in walk(roots):
-            users = n.args if not self.is_static(n) else ()
+        tables = set(self.diagonals.tables)
+        for n in self.diagonals.reach(roots):
+            users = () if n in tables or self.is_static(n) else n.args
             for a in users:
                 if self.is_static(a) and a.op != "const":
                     found[a.id] = a
@@ -95,8 +101,14 @@ class Unit:
     def row_struct(self) -> list[str]:
         e = Emitter(self.ranges, self.index_names(), indent=4)
         values = [e.expr(n) for n in self.fields]
-        lines = ["  struct Row {"]
-        lines += [f"    {SCALAR[e.rep(n)]} f{i};" for i, n in enumerate(self.fields)]
+        fields = [f"{SCALAR[e.rep(n)]} f{i};" for i, n in enumerate(self.fields)]
+        for i in range(len(self.diagonals.tables)):
+            fields.append(f"int64_t t{i};  // where this row's key 0 stands in table {i}")
+            values.append(f"env.tables[{i}].row(b, h, q)")
+        if self.diagonals.sums:
+            fields.append("int64_t sums;  // the same for sums along diagonals")
+            values.append("env.sums.row(h, q)")
+        lines = ["  struct Row {", *(f"    {f}" for f in fields)]
         lines += [
             "  };",
             "  static Row make_row(const ae::Env& env, int64_t b, int64_t h, int64_t q) {",
@@ -154,7 +166,9 @@ class Unit:
         else:
             body.line("const V x = ae::mul(ae::load_vector<V>(s + j), scale);")
             body.names[g.input("score", d, vec=True).id] = "x"
-        needs_k = any("k" in inputs_of([r]) for r in roots)
+        reached = list(self.diagonals.reach(roots))
+        keyed = t.mask is not None and "k" in inputs_of([t.mask])
+        needs_k = keyed or any(n.op == "input" and n.attr[0] == "k" for n in reached)
         if needs_k:
             body.line("const L::I32 k = ae::add(ae::iota<L::I32>(), int32_t(kv0 + j));")
             body.names[k.id] = "k"
@@ -171,6 +185,12 @@ class Unit:
             inner.line("}")
         body.lines += inner.lines
         body.line("}")
+        for i, n in enumerate(self.diagonals.tables):
+            if n in reached:
+                vector = VECTOR[body.rep(n)]
+                at = f"row.t{i} + (kv0 + j)"
+                body.line(f"const auto t{i} = ae::diagonal_run<{vector}>(env, {i}, live, {at});")
+                body.names[n.id] = f"t{i}"
         if not self.raw:
             score = body.expr(t.score) if t.score is not None else "x"
             body.line(f"V sm = ae::splat<V>({score});")
@@ -189,8 +209,9 @@ class Unit:
 
     def hoist(self, e: Emitter, roots: Sequence[Node]) -> None:
         """Row values that the vec nodes under ``roots`` read are computed before the loop."""
-        for n in walk(roots):
-            if n.vec:
+        tables = set(self.diagonals.tables)
+        for n in self.diagonals.reach(roots):
+            if n.vec and n not in tables:
                 for a in n.args:
                     if not a.vec and a.op != "const" and self.available(a, e):
                         e.expr(a)
@@ -210,6 +231,43 @@ class Unit:
                 return False
             stack.extend(n.args)
         return True
+
+    # -- diagonals ------------------------------------------------------------------------------
+    def diagonal_members(self) -> list[str]:
+        """The tables' functors (``templates/cpu/diagonal.h``); none for most kernels."""
+        tables = self.diagonals.tables
+        if not tables:
+            return []
+        infos, cases = [], []
+        for i, n in enumerate(tables):
+            e = self.diagonal_emitter()
+            text, used = e.expr(n), inputs_of([n])
+            size = 8 if e.rep(n) in ("f64", "i64") else 4
+            flags = (flag(x) for x in ("b" in used, "h" in used, bool(gathers_of([n]))))
+            infos.append(f"{{{', '.join([str(size), *flags])}}}")
+            vector = VECTOR[e.rep(n)]
+            cases += [
+                f"    if constexpr (T == {i}) {{",
+                *e.lines,
+                f"      ae::store_vector(out, ae::splat<{vector}>({text}));",
+                "    }",
+            ]
+        return [
+            f"  static constexpr int kDiagonals = {len(tables)};",
+            f"  static constexpr ae::DiagonalInfo kDiagonalInfo[] = {{{', '.join(infos)}}};",
+            "  template <int T>",
+            "  static void diagonal(const ae::Env& env, int64_t b, int64_t h, int64_t q,",
+            "                       int64_t kv0, L::Mask live, void* out) {",
+            "    (void)env, (void)b, (void)h, (void)q, (void)live;",
+            "    const L::I32 k = ae::add(ae::iota<L::I32>(), int32_t(kv0));",
+            *cases,
+            "  }",
+        ]
+
+    def diagonal_emitter(self) -> Emitter:
+        """For code that runs once per diagonal: of b, h, q and a vector of keys k from kv0 on."""
+        names = self.index_names() | {self.g.input("k", "i64", vec=True).id: "k"}
+        return Emitter(self.ranges, names, live="live", run_start="kv0", indent=6)
 
     # -- dead keys ------------------------------------------------------------------------------
     def dead_natural(self, node: Node, identity: float) -> bool:

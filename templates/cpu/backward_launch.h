@@ -2,10 +2,12 @@
 // take of them (a head, a tile, a worker's scratch, the accumulators of captured gradients).
 #pragma once
 #include <type_traits>
+#include <utility>
 
 #include "common/env.h"
 #include "common/segments.h"
 #include "cpu/backward_work.h"
+#include "cpu/diagonal.h"
 #include "cpu/gemm.h"
 
 namespace ae {
@@ -49,17 +51,21 @@ class BackwardLaunch {
     A *s, *dp;
     M *w_pairs, *ds_pairs, *ds;  // W^T, dS^T and dS as A operands
   };
-  // Where a task adds the gradients of captured tensors; null for those without.
+  // Where a task adds the gradients of captured tensors, null for those without; then its sums
+  // along diagonals.
+  static constexpr int kCaptures = Fn::kCaptures, kSums = diagonal_sums<Fn>();
   struct Grads {
-    A* at[Fn::kCaptures > 0 ? Fn::kCaptures : 1] = {};
+    A* at[kCaptures + kSums > 0 ? kCaptures + kSums : 1] = {};
   };
 
   explicit BackwardLaunch(const ae_params& params)
-      : p(params), sizes(p), decision(p, sizes), memory_(p, sizes, decision) {}
+      : p(params),
+        sizes(p),
+        decision(p, sizes),
+        memory_(p, sizes, decision),
+        sums_(p, sizes.group, cut.slots()) {}
 
-  int64_t workspace_bytes() const {
-    return kAlign + memory_.total + table_bytes(p, Fn::kMaskCaptures);
-  }
+  int64_t workspace_bytes() const { return kAlign + sums_at() + sums_.bytes(); }
 
   // Runs body() for every wave, between clearing and merging the private gradient copies.
   template <class Body>
@@ -68,10 +74,13 @@ class BackwardLaunch {
     const uint64_t address = reinterpret_cast<uint64_t>(workspace);
     base_ = static_cast<char*>(workspace) + (kAlign - address % kAlign) % kAlign;
     intervals_ = build_tables(p, Fn::kMaskCaptures, base_ + memory_.total, parallel_for);
+    diagonals_.build(p, base_ + diagonals_at(), parallel_for);
     clear_private_grads();
     for (first_head_ = 0; first_head_ < sizes.heads; first_head_ += cut.heads) {
       wave = sizes.heads - first_head_ < cut.heads ? sizes.heads - first_head_ : cut.heads;
+      sums_.clear(base_ + sums_at(), all());
       body();
+      scatter_sums();
     }
     merge_private_grads();
   }
@@ -85,7 +94,13 @@ class BackwardLaunch {
         [](void* arg, int64_t i, int32_t worker) { (*static_cast<Task*>(arg))(i, worker); }, &task);
   }
 
-  Env env() const { return {p.captures, p.fault, p.S}; }
+  Env env() const {
+    return {p.captures,
+            p.fault,
+            p.S,
+            diagonals_.tables(),
+            {sizes.group, diagonal_pitch<A>(p), p.L - 1}};
+  }
 
   Head head(int64_t slot) const {
     const BackwardHeadMemory<Plan, Fn>& m = memory_.head;
@@ -128,6 +143,7 @@ class BackwardLaunch {
         g.at[i] = private_grad(i) + copy * capture_elements(p.captures[i]);
       }
     }
+    for (int i = 0; i < kSums; ++i) g.at[kCaptures + i] = sums_.at(base_ + sums_at(), i, slot);
     return g;
   }
 
@@ -263,7 +279,33 @@ class BackwardLaunch {
     }
   }
 
+  // ---- diagonals ----
+  // Behind the planned memory: tables of the mask, of the diagonals, sums along diagonals.
+  int64_t diagonals_at() const {
+    return memory_.total + round_up(table_bytes(p, Fn::kMaskCaptures), int64_t(kAlign));
+  }
+  int64_t sums_at() const { return diagonals_at() + DiagonalTables<Fn, A>::bytes(p); }
+
+  // `parallel` as a value.
+  auto all() const {
+    return [this](int64_t n, auto task) { parallel(n, task); };
+  }
+
+  // The total of a wave goes to the gradients themselves: no task runs.
+  void scatter_sums() const {
+    if constexpr (kSums > 0) {
+      A* grads[kCaptures] = {};
+      for (int i = 0; i < kCaptures; ++i) grads[i] = static_cast<A*>(p.captures[i].grad);
+      sums_.scatter(base_ + sums_at(), env(), p, wave, cut.n, grads, all(), [this](int64_t slot) {
+        const int64_t index = first_head_ + slot;
+        return std::pair{index / p.Hkv, index % p.Hkv * sizes.group};
+      });
+    }
+  }
+
   const BackwardMemory<Plan, Fn> memory_;
+  const DiagonalSums<Fn, A> sums_;
+  DiagonalTables<Fn, A> diagonals_;
   ae_parallel_for parallel_for_ = nullptr;
   char* base_ = nullptr;
   int64_t first_head_ = 0;

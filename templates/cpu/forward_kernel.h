@@ -2,6 +2,7 @@
 #pragma once
 #include "common/env.h"
 #include "common/segments.h"
+#include "cpu/diagonal.h"
 #include "cpu/direct.h"
 #include "cpu/forward_work.h"
 #include "cpu/module.h"
@@ -34,19 +35,21 @@ class Forward {
 
   static int64_t workspace_bytes(const ae_params& p) {
     const ForwardSizes<Plan> sizes(p, kCanSplit);
-    return ForwardWorkspace<Plan, Fn>(sizes, p.threads, table_bytes(p, Fn::kMaskCaptures)).bytes;
+    return ForwardWorkspace<Plan, Fn>(sizes, p.threads, shared_bytes(p)).bytes;
   }
 
   Forward(const ae_params& p, void* workspace)
       : p_(p),
         sizes_(p, kCanSplit),
-        at_(sizes_, p.threads, table_bytes(p, Fn::kMaskCaptures)),
+        at_(sizes_, p.threads, shared_bytes(p)),
         base_((char*)round_up((int64_t)workspace, kCacheLine)),
         env_{p.captures, p.fault, p.S} {}
 
   void run(ae_parallel_for parallel_for) {
     if (sizes_.tiles() == 0) return;
     interval_env_ = build_tables(p_, Fn::kMaskCaptures, base_ + at_.tables, parallel_for);
+    diagonals_.build(p_, base_ + at_.tables + mask_bytes(p_), parallel_for);
+    env_.tables = diagonals_.tables();
     if (sizes_.pack_ahead) {
       parallel_for(sizes_.kv_heads() * sizes_.kv_tiles, p_.threads, &pack_task, this);
     }
@@ -80,8 +83,17 @@ class Forward {
   const ForwardSizes<Plan> sizes_;
   const ForwardWorkspace<Plan, Fn> at_;
   char* const base_;
-  const Env env_;
+  Env env_;
   IntervalEnv interval_env_{};
+  DiagonalTables<Fn, Acc> diagonals_;
+
+  // What all tasks read: the tables of the mask, then those of the diagonals.
+  static int64_t mask_bytes(const ae_params& p) {
+    return round_up(table_bytes(p, Fn::kMaskCaptures), kCacheLine);
+  }
+  static int64_t shared_bytes(const ae_params& p) {
+    return mask_bytes(p) + DiagonalTables<Fn, Acc>::bytes(p);
+  }
 
   // The row states of one tile.
   struct Rows {

@@ -125,7 +125,7 @@ struct ForwardWorkspace {
   int64_t worker_bytes;       // scratch, then the runs of one row tile
   int64_t k, v, bad;          // packed tiles, and one flag per V tile: it holds Inf or NaN
   int64_t out, state, alive;  // partial results of each (tile, split)
-  int64_t tables;             // block tables of the mask's captured tensors
+  int64_t tables;             // block tables of the mask's captured tensors, tables of diagonals
   int64_t bytes;
 
   ForwardWorkspace(const ForwardSizes<Plan>& s, int64_t threads, int64_t table_bytes) {

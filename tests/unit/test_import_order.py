@@ -17,7 +17,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "meaning": ("products", "reference", "noise", "gate"),
     "trace": ("ir", "capture", "aten", "lower", "trace", "derive"),
     "normalize": ("key", "serialize", "blockmask"),
-    "plan": ("arch", "plan"),
+    "plan": ("arch", "diagonal", "plan"),
     "generate": ("emit", "unit", "source", "source_backward"),
     "build": (
         "cache_entry", "cache_lock", "cache", "cache_upkeep", "prebuilt", "elf", "compiler",

@@ -46,13 +46,12 @@ struct Fn {
   struct Row {
     int32_t f0;
     int32_t f1;
-    int32_t f2;
-    int32_t f3;
+    int64_t t0;  // where this row's key 0 stands in table 0
   };
   static Row make_row(const ae::Env& env, int64_t b, int64_t h, int64_t q) {
     (void)env, (void)b, (void)h, (void)q;
     const auto v4 = ae::gather<int32_t>(env, 0, true, int32_t(b), int32_t(q));
-    return Row{int32_t(b), int32_t(h), int32_t(q), v4};
+    return Row{int32_t(b), v4, env.tables[0].row(b, h, q)};
   }
   static constexpr bool kHasQMod = false;
   static V q_mod(const ae::Env&, V x) { return x; }
@@ -64,6 +63,22 @@ struct Fn {
   }
   static constexpr bool kHasVMod = false;
   static V v_mod(const ae::Env&, V x) { return x; }
+  static constexpr int kDiagonals = 1;
+  static constexpr ae::DiagonalInfo kDiagonalInfo[] = {{8, false, true, true}};
+  template <int T>
+  static void diagonal(const ae::Env& env, int64_t b, int64_t h, int64_t q,
+                       int64_t kv0, L::Mask live, void* out) {
+    (void)env, (void)b, (void)h, (void)q, (void)live;
+    const L::I32 k = ae::add(ae::iota<L::I32>(), int32_t(kv0));
+    if constexpr (T == 0) {
+      const auto v8 = ae::sub(int32_t(q), k);
+      const auto v10 = ae::maximum(v8, int32_t(0));
+      const auto v12 = ae::minimum(v10, int32_t(31));
+      const auto v13 = ae::gather<float>(env, 1, live, int32_t(h), v12);
+      const auto v14 = ae::to_f64(v13);
+      ae::store_vector(out, ae::splat<L::F64>(v14));
+    }
+  }
   static void begin(const ae::Env& env, const Row& row, const A* stats, const A* dstats,
                     A delta, A* r) {
     (void)env, (void)row, (void)stats, (void)dstats, (void)delta, (void)r;
@@ -111,16 +126,12 @@ struct Fn {
         live = ae::lt(ae::iota<L::I32>(), int32_t(ncols - j));
         if (!mask_full) {
           const auto v5 = ae::gather_run<int32_t>(env, 0, live, row.f0, (kv0 + j));
-          const auto v6 = ae::eq(row.f3, v5);
+          const auto v6 = ae::eq(row.f1, v5);
           live = ae::logical_and(live, v6);
         }
       }
-      const auto v8 = ae::sub(row.f2, k);
-      const auto v10 = ae::maximum(v8, int32_t(0));
-      const auto v12 = ae::minimum(v10, int32_t(31));
-      const auto v13 = ae::gather<float>(env, 1, live, row.f1, v12);
-      const auto v14 = ae::to_f64(v13);
-      const auto v15 = ae::add(x, v14);
+      const auto t0 = ae::diagonal_run<L::F64>(env, 0, live, row.t0 + (kv0 + j));
+      const auto v15 = ae::add(x, t0);
       const auto v17 = ae::div(v15, 0x1.e000000000000p+4);
       const auto v18 = ae::tanh(v17);
       const auto v19 = ae::mul(v18, 0x1.e000000000000p+4);
