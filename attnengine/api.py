@@ -11,6 +11,7 @@ import torch
 from . import dispatch
 from .backward import apply
 from .blockmask import as_mask_mod
+from .capture import captures_of_spec
 from .handle import (
     Handle,
     Statistics,
@@ -19,6 +20,8 @@ from .handle import (
     _forward_ad,
     _grad_enabled,
     _is_compiling,
+    _is_dynamo_compiling,
+    _is_exporting,
     autocast_operands,
 )
 from .rows import Softmax
@@ -100,12 +103,29 @@ def _attention(q: Any, k: Any, v: Any, spec: AttentionSpec, return_aux: Any) -> 
 
 def _traced_call(q: Any, k: Any, v: Any, spec: AttentionSpec, return_aux: Any) -> Any:
     handle = spec.__dict__.get("_handle")
+    if _is_exporting() and not _is_dynamo_compiling():
+        handle = _exported(q, k, v, spec)
     if handle is None:
         raise RuntimeError(
             "attnengine.attention inside torch.compile needs a prepared kernel: call "
             "attn = attnengine.compile(spec, q, k, v) outside and attn(q, k, v) inside"
         )
     return handle(q, k, v, return_aux=return_aux or None)
+
+
+def _exported(q: Any, k: Any, v: Any, spec: AttentionSpec) -> Handle:
+    """The handle for operands of a non-strict torch.export, which runs this as plain Python.
+
+    Its fake tensors may be captured, so nothing is remembered on the spec.
+    """
+    dispatch.check_operands(q, k, v)
+    d, dv, isa = int(q.shape[3]), int(v.shape[3]), dispatch.default_isa()
+    known = spec.__dict__.get("_handles", {}).get((q.dtype, d, dv, isa))
+    if known is not None and not known.stale():
+        return known
+    captures = captures_of_spec(spec)
+    program = dispatch.program(spec, captures, q.dtype, d, dv, isa)
+    return Handle(spec, program, dispatch.bound_tensors(program, captures), d, dv)
 
 
 def _handle(q: Any, k: Any, v: Any, spec: AttentionSpec, isa: str | None = None) -> Handle:

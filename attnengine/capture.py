@@ -8,6 +8,7 @@ the captured tensors are rebound.
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 import types
 from collections.abc import Callable
@@ -159,3 +160,19 @@ def captures_of_spec(spec: Any) -> Captures:
         walk.value(m) for m in (spec.score_mod, spec.mask_mod, spec.q_mod, spec.k_mod, spec.v_mod)
     )
     return Captures((mods, methods, fields, state), tuple(walk.tensors), walk.opaque)
+
+
+def stable_text(x: Any) -> str:
+    """A fingerprint as text that another process reproduces (code by content, not by address)."""
+    if isinstance(x, tuple):
+        return "(" + ",".join(stable_text(v) for v in x) + ")"
+    if isinstance(x, types.CodeType):
+        facts = (
+            x.co_code, x.co_names, x.co_varnames, x.co_freevars, x.co_cellvars, x.co_flags,
+            x.co_argcount, x.co_kwonlyargcount, x.co_posonlyargcount,
+        )  # fmt: skip
+        constants = stable_text(tuple(x.co_consts))
+        return hashlib.sha256(f"{facts!r}{constants}".encode()).hexdigest()
+    if isinstance(x, frozenset):
+        return "{" + ",".join(sorted(stable_text(v) for v in x)) + "}"
+    return f"{type(x).__name__}:{x!r}"

@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 from . import build, builtin, cache, library, serialize, settings
 from .arch import ISAS
 from .aten import Unsupported
-from .capture import Captures, captures_of_spec
+from .capture import Captures, captures_of_spec, stable_text
 from .derive import Derived, derive
 from .errors import KernelUnavailable, TraceError
 from .ir import DTYPE_NAMES, TORCH_DTYPES
@@ -177,11 +176,30 @@ def pipeline(
 ) -> Pipeline:
     """Run trace, derive, key, plan and source. Raises TraceError, NotImplementedError."""
     dtype = "f64" if element == torch.float64 else "f32"
-    return stages_after_trace(trace(spec, captures.tensors, dtype), element, d, dv, isa)
+
+    def stages() -> Pipeline:
+        return _after_trace(trace(spec, captures.tensors, dtype), element, d, dv, isa)
+
+    return _undisturbed(stages)
 
 
-def stages_after_trace(traced: Traced, element: torch.dtype, d: int, dv: int, isa: str) -> Pipeline:
-    """Run derive, key, plan and source. Raises NotImplementedError."""
+def _undisturbed(work: Callable[[], Pipeline]) -> Pipeline:
+    """Runs it in a thread of its own, where the caller's modes and dispatch keys do not reach.
+
+    The caller may be inside an operator, whose thread skips autograd: every derivative would come
+    out as zero, in silence. It may be inside torch.export, which would record our tracing.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
+
+
+def regenerated(meaning: serialize.Meaning, isa: str) -> Pipeline:
+    """Derive, key, plan and source of a program that was read. Raises NotImplementedError."""
+    m = meaning
+    return _undisturbed(lambda: _after_trace(m.traced, m.element, m.head_dim, m.value_dim, isa))
+
+
+def _after_trace(traced: Traced, element: torch.dtype, d: int, dv: int, isa: str) -> Pipeline:
     name = DTYPE_NAMES[element]
     meaning = serialize.dump(traced, element, d, dv)
     wanted = [i for i, t in enumerate(traced.captures) if t.requires_grad and t.is_floating_point()]
@@ -290,15 +308,15 @@ def _generated(text: str) -> Program:
     isa = meaning.isa or default_isa()
     if meaning.isa is not None:
         check_isa(isa)
-    element, d, dv = meaning.element, meaning.head_dim, meaning.value_dim
-    label = f"exported {DTYPE_NAMES[element]} D{d}x{dv} {isa}"
+    element = meaning.element
+    label = f"exported {DTYPE_NAMES[element]} D{meaning.head_dim}x{meaning.value_dim} {isa}"
     memo = hashlib.sha256(f"{_generator()}{isa} {text}".encode()).hexdigest()
     known = cache.text_get("export", memo)
     if known is not None:
         statistics.from_disk += 1
         return Program(label, element, isa, Sources.from_json(known), ())
     try:
-        sources = stages_after_trace(meaning.traced, element, d, dv, isa).sources
+        sources = regenerated(meaning, isa).sources
     except (KeyError, IndexError, AssertionError, AttributeError) as error:
         raise ValueError(
             f"attnengine::attention: the exported program makes no kernel ({error}); the file is "
@@ -321,22 +339,6 @@ def _generator() -> str:
             digest.update(path.read_bytes())
         _generator_text = digest.hexdigest()
     return _generator_text
-
-
-def stable_text(x: Any) -> str:
-    """A fingerprint as text that another process reproduces (code by content, not by address)."""
-    if isinstance(x, tuple):
-        return "(" + ",".join(stable_text(v) for v in x) + ")"
-    if isinstance(x, types.CodeType):
-        facts = (
-            x.co_code, x.co_names, x.co_varnames, x.co_freevars, x.co_cellvars, x.co_flags,
-            x.co_argcount, x.co_kwonlyargcount, x.co_posonlyargcount,
-        )  # fmt: skip
-        constants = stable_text(tuple(x.co_consts))
-        return hashlib.sha256(f"{facts!r}{constants}".encode()).hexdigest()
-    if isinstance(x, frozenset):
-        return "{" + ",".join(sorted(stable_text(v) for v in x)) + "}"
-    return f"{type(x).__name__}:{x!r}"
 
 
 def bound_tensors(made: Program, captures: Captures) -> list[torch.Tensor]:

@@ -133,7 +133,7 @@ class Handle:
         # and hold the program.
         self.portable = program.portable
         ops.register_key(self.key, program.load)
-        ops.register_key(self.portable, program.load)
+        ops.register_program(self.portable, program)
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_aux: Any = None

@@ -53,12 +53,14 @@ class KeyInfo:
     """What tracing must know of a key: the shapes that its kernels produce.
 
     ``stats`` row statistics are saved, the first ``user_stats`` of them differentiable; bit i of
-    ``grad_mask`` says that captured tensor i gets a gradient.
+    ``grad_mask`` says that captured tensor i gets a gradient, bit i of ``frozen`` that it did not
+    require one when the program was made, so that asking for it now is an error.
     """
 
     stats: int
     user_stats: int
     grad_mask: int
+    frozen: int = 0
 
 
 Resolver = Callable[[str], int]
@@ -91,17 +93,17 @@ def resolve(key: str, kind: str) -> int:
                 "prepare the spec here with attnengine.compile(spec, q, k, v) before running the "
                 "graph, or take the graph with torch.export, which carries the program"
             )
-        _read(key)
+        register_program(key, dispatch.program_of(key))
         resolver = _resolvers[key]
     return resolver(kind)
 
 
-def _read(text: str) -> None:
-    """Registers the program of an exported graph. Tracing then knows its shapes, uncompiled."""
-    program = dispatch.program_of(text)
-    sources = program.sources
-    mask = sum(1 << i for i in sources.grads)
-    register_key(text, program.load, KeyInfo(sources.stored, len(sources.stats), mask))
+def register_program(text: str, program: dispatch.Program) -> None:
+    """Makes a program's own text usable as a key. Tracing then knows its shapes, uncompiled."""
+    if text not in _resolvers:
+        stats, user = program.sources.stored, len(program.sources.stats)
+        mask = sum(1 << i for i in program.sources.grads)
+        register_key(text, program.load, KeyInfo(stats, user, mask, serialize.frozen(text)))
 
 
 def _saved_stats(key: str) -> tuple[int, int]:
@@ -115,7 +117,7 @@ def _saved_stats(key: str) -> tuple[int, int]:
 
 def _known(key: str) -> KeyInfo | None:
     if key not in _resolvers and serialize.is_program(key):
-        _read(key)
+        register_program(key, dispatch.program_of(key))
     return _key_infos.get(key)
 
 
@@ -316,6 +318,15 @@ def _attention_backward_fake(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, captures, key, scale = inputs
     out, stats = output
+    info = _known(key)
+    if info is not None and info.frozen:
+        for i, x in enumerate(captures):
+            if info.frozen >> i & 1 and x.requires_grad:
+                raise ValueError(
+                    f"attnengine::attention: captured tensor {i} {tuple(x.shape)} requires grad "
+                    "and did not when the program was exported; let it require grad, and export "
+                    "again"
+                )
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, out, stats, *captures)
     ctx.key, ctx.scale = key, scale

@@ -95,6 +95,12 @@ def with_isa(text: str, isa: str) -> str:
     return f"{text[:-1]},{json.dumps('isa')}:{json.dumps(isa)}}}"
 
 
+def frozen(text: str) -> int:
+    """Bit i: captured tensor i is floating and no gradient of it was asked for. A valid text."""
+    captures = json.loads(text)["captures"]
+    return sum(1 << i for i, (d, _, grad) in enumerate(captures) if d in FLOATS and not grad)
+
+
 def load(text: str) -> Meaning:
     """Reads and checks a program. Raises ValueError that names what is wrong with it."""
     try:
