@@ -97,6 +97,9 @@ setup(
             include_dirs=list(INCLUDE),
             depends=DEPENDS,
             extra_compile_args={"cxx": [*FLAGS, TORCH_TARGET]},
+            # Ahead of torch's libraries, some of which export unversioned copies of its symbols:
+            # the operator library would then ask every later torch for them.
+            libraries=["stdc++"],
             extra_link_args=["-ldl"],
             py_limited_api=True,
         ),
