@@ -11,7 +11,7 @@ from torch import Tensor
 import attnengine as ae
 from attnengine import gate
 
-F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 D, DV = 40, 24  # the head dims of most modules: neither is a multiple of a vector of 16
 HEADS = 4
 

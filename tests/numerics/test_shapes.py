@@ -6,12 +6,13 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import example, given
-from problems import BF16, DV, F32, D, alibi, generator, operands, results, verify
+from problems import BF16, DV, F16, F32, D, alibi, generator, operands, results, verify
 from torch import Tensor
 
 import attnengine as ae
 
 BOTH = pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+ALL = pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["f32", "bf16", "f16"])
 
 # One spec for the mask, group and length logic: dead first and last keys, per-head scores.
 ALIBI, SLOPES = alibi()
@@ -25,7 +26,7 @@ groups = st.sampled_from([(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1), (1, 3)
 batches = st.sampled_from([1, 1, 2, 3, 0])
 
 
-@BOTH
+@ALL
 @given(batch=batches, group=groups, L=lengths, S=key_lengths, shared=st.booleans())
 @example(batch=1, group=(1, 4), L=1, S=300, shared=False)
 @example(batch=2, group=(2, 2), L=0, S=5, shared=False)
@@ -79,7 +80,7 @@ LAYOUTS += ["batch innermost", "packed with others"]
 layouts = st.sampled_from(LAYOUTS)
 
 
-@BOTH
+@ALL
 @given(q_layout=layouts, k_layout=layouts, v_layout=layouts, grad_layout=layouts)
 def test_layouts(
     dtype: torch.dtype, q_layout: str, k_layout: str, v_layout: str, grad_layout: str

@@ -25,9 +25,8 @@ def t5(dtype: torch.dtype) -> Built:
 
 
 def learned_bias(dtype: torch.dtype) -> Built:
-    """In the dtype of the model; broadcast over the batch (fp32) or the queries (bf16)."""
-    shape = (HEADS, LENGTH, KEYS) if dtype == F32 else (BATCH, HEADS, 1, KEYS)
-    bias = leaf(*shape, seed=3, dtype=dtype)
+    """In the dtype of the model, broadcast over the queries."""
+    bias = leaf(BATCH, HEADS, 1, KEYS, seed=3, dtype=dtype)
     return variants.learned_bias(bias), {"bias": bias}
 
 
@@ -68,7 +67,7 @@ BUILD: dict[str, Callable[[torch.dtype], Built]] = {
 # in both, and every kind of score, bias and row function meets both somewhere in this folder.
 CASES = [("causal", F32), ("causal", BF16), ("sliding_window", BF16), ("dilated", F32)]
 CASES += [("prefix_lm", F32), ("document", BF16), ("neighborhood_2d", BF16), ("alibi", BF16)]
-CASES += [("softcap", F32), ("t5_bias", BF16), ("learned_bias", F32), ("learned_bias", BF16)]
+CASES += [("softcap", F32), ("t5_bias", BF16), ("learned_bias", BF16)]
 CASES += [("sink", BF16), ("sigmoid", F32), ("relu", BF16), ("retention", F32)]
 FORWARD_ONLY = [("sliding_window", BF16), ("neighborhood_2d", BF16), ("dilated", F32)]
 

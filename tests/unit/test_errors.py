@@ -76,7 +76,6 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str, list[str]]] = {
     "mixed halves": ({"v": zeros(2, 4, 5, D).bfloat16()}, TypeError, "bfloat16", [*DOORS]),
     "integers": (of(torch.int32), TypeError, "int32.*supported", [*DOORS]),
     "complex": (of(torch.complex64), TypeError, "complex64.*supported", [*DOORS]),
-    "float16": (of(torch.float16), TypeError, "float16.*supported", [*DOORS]),
     "float8": (of(torch.float8_e4m3fn), TypeError, "float8.*supported", [*DOORS]),
     "devices": ({"k": zeros(2, 4, 5, D, device="meta")}, ValueError, "cpu.*meta", [*DOORS]),
     "D of k": ({"k": zeros(2, 4, 5, 9)}, ValueError, "head_dim 9.*8|8.*9", [*DOORS]),
