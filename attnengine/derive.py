@@ -6,15 +6,18 @@ With weights w(s, c) of saved row statistics c, and dP_k = dO . v_k:
 
 where dc_i is the caller's gradient of statistic i, and dc_i/ds_k is the vjp of update + finalize
 over a whole row. Every derivative is traced from ``torch.func.vjp``; none is written by hand.
-Two simplifications are found by probing in fp64: dw/dc = kappa w (or kappa w / c) turns G into
-kappa rowsum(dO o O), and dc/ds = kappa w needs no second exponential. A reduction over the keys
-that remains costs one more pass over them.
+Simplifications are found by probing in fp64: dw/ds = kappa w saves a second exponential; dw/dc =
+kappa w (or kappa w / c) turns G into kappa rowsum(dO o O); dc/ds = kappa w needs no vjp; and where
+only the sum over i of G_i dc_i/ds_k is kappa rowsum(dO o O) w, as for a softmax that saves (max,
+sum), no statistic needs one by itself unless the caller gives it a gradient. A reduction over the
+keys that remains costs one more pass over them: :func:`derive_quiet` derives the pass that backward
+makes when no statistic has a gradient, if it is shorter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +38,7 @@ from .ir import (
     walk,
 )
 from .lower import FxLowering
+from .probe import Probes
 from .trace import KEYS, Traced, trace_fx
 
 
@@ -69,9 +73,24 @@ def derive(traced: Traced, wanted: Sequence[int]) -> Derived:
     return _Derivation(traced, frozenset(wanted)).run()
 
 
+def derive_quiet(traced: Traced, wanted: Sequence[int], full: Derived) -> Derived | None:
+    """The backward when the caller gives no statistic a gradient; None unless it makes fewer passes
+    than ``full``, what :func:`derive` found. It reads what forward stores for ``full``, and has
+    gradients for the same captures."""
+    if not full.passes:
+        return None
+    quiet = _Derivation(traced, frozenset(wanted), statistics=False).run()
+    if len(quiet.passes) >= len(full.passes) or not set(quiet.final_states) <= set(
+        full.final_states
+    ):
+        return None
+    return replace(quiet, final_states=full.final_states, grads=full.grads)
+
+
 class _Derivation:
-    def __init__(self, traced: Traced, wanted: frozenset[int]) -> None:
+    def __init__(self, traced: Traced, wanted: frozenset[int], statistics: bool = True) -> None:
         self.t = traced
+        self.statistics = statistics  # the caller may give them gradients
         self.g = traced.graph
         self.d = traced.dtype
         self.low = Lowering(self.g, KEYS)
@@ -86,25 +105,35 @@ class _Derivation:
         dp = g.input("dp", d, vec=True)
         final_state, saved = self.whole_row()
         names = list(saved)
+        probes = Probes(self.t, saved)
         read = [n for n in names if f"saved:{n}" in inputs_of([row.weights])]
-        kappas = {n: self.probe_weights(n, saved) for n in read}
-        slopes = {n: self.probe_statistic(n, saved) for n in names}
+        kappas = {n: probes.weights(n) for n in read}
+        slopes = {n: probes.statistic(n) for n in names}
+        symbolic = [n for n in names if slopes[n] is None]
+        known = {n: k for n, k in kappas.items() if k is not None}
+        whole = None  # kappa if the read statistics together give kappa rowsum(dO o O) w
+        if len(known) == len(read) and any(n in known for n in symbolic):
+            whole = probes.together(known)
 
         # dP . dw
         plain = [g.input(f"saved:{n}", d) for n in read if kappas[n] is None]
         diff = self.diff_leaves([row.weights])
         grads, _ = self.vjp([row.weights], [scores, *plain, *diff], [dp])
         ds = grads[0]
+        own = probes.own()
+        if own is not None:
+            ds = self.low.emit("mul", [self.times(dp, own), row.weights], d)
         for leaf, grad in zip(diff, grads[1 + len(plain) :], strict=True):
             self.scatter(leaf, grad)
         through: dict[str, Node] = dict(zip([n.attr[0] for n in plain], grads[1:], strict=False))
         delta = g.input("delta", d)
+        given: dict[str, Node] = {}  # by the caller
         total: dict[str, Node] = {}
         for n in names:
-            parts = [g.input(f"dstat:{n}", d)]
-            kappa = kappas.get(n)
-            if n in read and kappa is not None:
-                factor, over = kappa
+            parts = [g.input(f"dstat:{n}", d)] if self.statistics else []
+            given[n] = self.sum(parts)
+            if n in known:
+                factor, over = known[n]
                 part = self.times(delta, factor)
                 if over:
                     part = self.low.emit("div", [part, g.input(f"saved:{n}", d)], d)
@@ -118,16 +147,17 @@ class _Derivation:
             total[n] = self.sum(parts)
 
         # dc/ds
-        symbolic: list[str] = []
+        if whole is not None:
+            ds = self.sum([ds, self.along_weights(delta, whole)])
+            self.notes.append(f"sum of G dc/ds over {', '.join(read)} = {whole:g} rowsum(dO o O) w")
+        rest = total if whole is None else given
         for n in names:
             slope = slopes[n]
-            if slope is None:
-                symbolic.append(n)
-            elif slope != 0:
-                part = self.low.emit("mul", [self.times(total[n], slope), row.weights], d)
-                ds = self.sum([ds, part])
+            if slope:
+                ds = self.sum([ds, self.along_weights(rest[n], slope)])
                 self.notes.append(f"d{n}/ds = {slope:g} w")
-        grads_of = self.statistic_vjp(saved, final_state, total, symbolic)
+        symbolic = [n for n in symbolic if not is_const(rest[n], 0)]
+        grads_of = self.statistic_vjp(saved, final_state, rest, total, symbolic)
         if grads_of is not None:
             ds = self.sum([ds, grads_of])
 
@@ -196,10 +226,12 @@ class _Derivation:
         self,
         saved: dict[str, Node],
         final: dict[str, Node],
+        rest: dict[str, Node],
         total: dict[str, Node],
         symbolic: list[str],
     ) -> Node | None:
-        """Indirect dS of the statistics that probing did not simplify, and captured gradients."""
+        """Indirect dS of the statistics that probing did not simplify, from what of their gradients
+        is left, and captured gradients, from all of them."""
         g, d = self.g, self.d
         diff = self.diff_leaves(list(saved.values()))
         if not symbolic and not diff:
@@ -212,7 +244,7 @@ class _Derivation:
         grads: list[Node] = []
         indirect: Node | None = None
         if keep:
-            cot = [total[n] if n in keep else zero for n in names] + [zero] * len(final)
+            cot = [rest[n] if n in keep else zero for n in names] + [zero] * len(final)
             grads, forward = self.vjp(outputs, [scores], cot)
             indirect = self.stored(grads, forward, names, final)[0]
             self.notes.append(f"gradient of {', '.join(keep)} from the vjp of update and finalize")
@@ -300,6 +332,11 @@ class _Derivation:
             return self.low.emit("neg", [x], self.d)
         return self.low.emit("mul", [x, self.g.const(factor, self.d)], self.d)
 
+    def along_weights(self, factor: Node, slope: float) -> Node:
+        if is_const(factor, 0):
+            return factor
+        return self.low.emit("mul", [self.times(factor, slope), self.t.row.weights], self.d)
+
     def sum(self, parts: Sequence[Node]) -> Node:
         kept = [p for p in parts if not is_const(p, 0)]
         if not kept:
@@ -338,75 +375,6 @@ class _Derivation:
             tuple(self.notes),
         )  # fmt: skip
 
-    # -- probes in fp64 -------------------------------------------------------------------------
-    def trial(self, saved: dict[str, Node], seed: int) -> tuple[dict[Node, torch.Tensor], ...]:
-        """Random scores and captures, and the saved statistics that they give."""
-        gen = torch.Generator().manual_seed(seed)
-        values: dict[Node, torch.Tensor] = {}
-        roots = [*saved.values(), self.t.row.weights]
-        for leaf in leaves(roots):
-            if leaf.op == "input" and leaf.attr[0].startswith("saved:"):
-                continue
-            shape = (KEYS,) if leaf.vec else ()
-            if leaf.dtype in FLOATS:
-                values[leaf] = torch.randn(shape, dtype=torch.float64, generator=gen)
-            else:
-                values[leaf] = torch.ones(shape, dtype=TORCH_DTYPES[leaf.dtype])
-        scores = self.g.input("scores", self.d, vec=True)
-        values.setdefault(scores, torch.randn(KEYS, dtype=torch.float64, generator=gen))
-        stats = evaluate(list(saved.values()), values, KEYS, torch.float64)
-        table = {self.g.input(f"saved:{n}", self.d): v for n, v in zip(saved, stats, strict=True)}
-        return values, table
-
-    def probe_weights(self, name: str, saved: dict[str, Node]) -> tuple[float, bool] | None:
-        """(kappa, False) if dw/dc = kappa w, (kappa, True) if dw/dc = kappa w / c, else None."""
-        target = self.g.input(f"saved:{name}", self.d)
-        ratios, scaled = [], []
-        for seed in range(4):
-            values, table = self.trial(saved, seed)
-            c = table[target].detach().clone().requires_grad_()
-
-            def weights(x: torch.Tensor, v: dict = values, t: dict = table) -> torch.Tensor:
-                out = evaluate([self.t.row.weights], {**v, **t, target: x}, KEYS, torch.float64)
-                return out[0].expand(KEYS)
-
-            w = weights(c).detach()
-            dw = torch.autograd.functional.jacobian(weights, c)
-            live = w != 0
-            if not bool(live.any()):
-                continue
-            if bool((dw[~live] != 0).any()):
-                return None
-            ratios.append(dw[live] / w[live])
-            scaled.append(ratios[-1] * c.detach())
-        for candidates, over in ((ratios, False), (scaled, True)):
-            kappa = _constant(candidates)
-            if kappa is not None:
-                return kappa, over
-        return None
-
-    def probe_statistic(self, name: str, saved: dict[str, Node]) -> float | None:
-        """kappa if dc/ds = kappa w over a whole row (0: not a function of the scores)."""
-        scores = self.g.input("scores", self.d, vec=True)
-        ratios = []
-        for seed in range(4):
-            values, table = self.trial(saved, seed)
-
-            def statistic(x: torch.Tensor, v: dict = values) -> torch.Tensor:
-                return evaluate([saved[name]], {**v, scores: x}, KEYS, torch.float64)[0]
-
-            grad = torch.autograd.functional.jacobian(statistic, values[scores])
-            (w,) = evaluate([self.t.row.weights], {**values, **table}, KEYS, torch.float64)
-            w = w.expand(KEYS)
-            if bool((grad == 0).all()):
-                ratios.append(torch.zeros(1, dtype=torch.float64))
-                continue
-            live = w != 0
-            if bool((grad[~live] != 0).any()) or not bool(live.any()):
-                return None
-            ratios.append(grad[live] / w[live])
-        return _constant(ratios)
-
 
 def _unrounded(node: Node) -> Node:
     """A gradient of a 16-bit capture before its cast: it is rounded once, when it is stored."""
@@ -417,19 +385,6 @@ def _unrounded(node: Node) -> Node:
 
 def _has_sum(node: Node) -> bool:
     return any(n.op in REDUCTIONS for n in walk([node]))
-
-
-def _constant(values: list[torch.Tensor]) -> float | None:
-    """The common value if all agree to 1e-9, snapped to an integer when it is one."""
-    if not values:
-        return None
-    flat = torch.cat([v.reshape(-1) for v in values])
-    if not bool(torch.isfinite(flat).all()):
-        return None
-    mean = float(flat.mean())
-    if float((flat - mean).abs().max()) > 1e-9 * max(1.0, abs(mean)):
-        return None
-    return float(round(mean)) if abs(mean - round(mean)) < 1e-9 else mean
 
 
 def _example(node: Node, vec: bool | None = None) -> torch.Tensor:

@@ -21,7 +21,7 @@ from . import build, builtin, cache, library, serialize, settings
 from .arch import ISAS
 from .aten import Unsupported
 from .capture import Captures, captures_of_spec, stable_text
-from .derive import Derived, derive
+from .derive import Derived, derive, derive_quiet
 from .errors import KernelUnavailable, TraceError
 from .ir import DTYPE_NAMES, TORCH_DTYPES
 from .key import KernelKey, backward_key, forward_key
@@ -69,6 +69,7 @@ class Pipeline:
 
     traced: Traced
     derived: Derived | None
+    quiet: Derived | None  # the same without gradients of the statistics, if it has fewer passes
     no_backward: str
     forward_key: KernelKey
     backward_key: KernelKey | None
@@ -203,9 +204,10 @@ def _after_trace(traced: Traced, element: torch.dtype, d: int, dv: int, isa: str
     name = DTYPE_NAMES[element]
     meaning = serialize.dump(traced, element, d, dv)
     wanted = [i for i, t in enumerate(traced.captures) if t.requires_grad and t.is_floating_point()]
-    derived, why = None, ""
+    derived, quiet, why = None, None, ""
     try:
         derived = derive(traced, wanted)
+        quiet = derive_quiet(traced, wanted, derived)
     except (TraceError, Unsupported) as e:
         why = str(e)
     saved = derived.final_states if derived is not None else ()
@@ -216,14 +218,14 @@ def _after_trace(traced: Traced, element: torch.dtype, d: int, dv: int, isa: str
     if derived is not None:
         bkey = backward_key(traced, derived, name, d, dv)
         bplans = candidates(bkey, traced, derived, isa)
-        backward = backward_source(traced, derived, bplans[0], bkey)
+        backward = backward_source(traced, derived, bplans[0], bkey, quiet)
     sources = Sources(
         forward, backward, why, tuple(traced.row.saved), traced.positions, fkey.captures,
         derived.grads if derived is not None else (),
         len(derived.passes) if derived is not None else 0,
         fkey.digest(), len(traced.row.saved) + len(saved), meaning,
     )  # fmt: skip
-    return Pipeline(traced, derived, why, fkey, bkey, fplans, bplans, sources)
+    return Pipeline(traced, derived, quiet, why, fkey, bkey, fplans, bplans, sources)
 
 
 def default_isa() -> str:

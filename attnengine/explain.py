@@ -32,6 +32,11 @@ def describe(program: Program, p: Pipeline) -> str:
     else:
         d = p.derived
         out += [f"extra passes over the keys: {len(d.passes)}", *d.notes]
+        if p.quiet is not None:
+            out.append(
+                f"extra passes when no statistic has a gradient: {len(p.quiet.passes)}; dscore is "
+                "then\n" + text({"dscore": p.quiet.dscore})
+            )
         out.append(f"row scalars read: {', '.join(d.row_inputs) or 'none'}")
         out.append(text({"weights": d.weights, "dscore": d.dscore}))
         for s in (*d.scatters, *d.row_scatters):
@@ -47,7 +52,20 @@ def describe(program: Program, p: Pipeline) -> str:
     return "\n".join(out)
 
 
+def describe_plans(p: Pipeline) -> str:
+    """Candidates of both kernels with predicted cost by resource, and each choice with reasons."""
+    first = p.forward_plans[0]
+    out = [
+        f"attnengine plan for {first.element} D{first.head_dim}x{first.value_dim} {first.target}",
+        "the kernel serves every batch, head count, length and stride; nothing was compiled",
+        "", "== forward plan ==", *_plans(p.forward_plans), "", "== backward plan ==",
+    ]  # fmt: skip
+    return "\n".join(out + (_plans(p.backward_plans) or [f"none: {p.no_backward}"]))
+
+
 def _plans(plans: list[Plan]) -> list[str]:
+    if not plans:
+        return []
     lines = ["candidates, predicted cycles per 1000 scores of one core:",
              "  rows x keys  multiply  pointwise  cache  overhead  total"]  # fmt: skip
     for p in plans:

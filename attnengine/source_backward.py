@@ -56,8 +56,21 @@ def _where(s: Scatter, name: str) -> int:
     return next((i for i, x in enumerate(s.index) if _plain(x, name)), -1)
 
 
-def backward_source(traced: Traced, derived: Derived, plan: Plan, key: KernelKey) -> str:
-    """The backward unit."""
+def backward_source(
+    traced: Traced, derived: Derived, plan: Plan, key: KernelKey, quiet: Derived | None = None
+) -> str:
+    """The backward unit; ``quiet``: what runs instead when no statistic has a gradient."""
+    lines = _functors(traced, derived, plan, key)
+    export = "AE_EXPORT_BACKWARD(Plan, Fn)"
+    if quiet is not None:
+        other = _functors(traced, quiet, plan, key)
+        lines += ["struct Quiet {", *other[other.index("struct Fn {") + 1 :]]
+        export = "AE_EXPORT_BACKWARD_EITHER(Plan, Fn, Quiet)"
+    return "\n".join([*lines, "}  // namespace", export, ""])
+
+
+def _functors(traced: Traced, derived: Derived, plan: Plan, key: KernelKey) -> list[str]:
+    """The unit up to the end of its struct of functors."""
     u = Unit(traced, plan, key, derived)
     g, d, row = traced.graph, traced.dtype, traced.row
     stats = [f"saved:{n}" for n in row.saved] + [f"final:{n}" for n in derived.final_states]
@@ -149,8 +162,7 @@ def backward_source(traced: Traced, derived: Derived, plan: Plan, key: KernelKey
     e.line("}")
     lines += [*e.lines, "  }"]
     lines += _operand_vjps(u, derived)
-    lines += ["};", "}  // namespace", "AE_EXPORT_BACKWARD(Plan, Fn)", ""]
-    return "\n".join(lines)
+    return [*lines, "};"]
 
 
 def _diagonal_sums(u: Unit) -> list[str]:

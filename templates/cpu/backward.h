@@ -15,6 +15,9 @@
 // Deterministic: every accumulator element receives its terms in an order that depends on sizes
 // only. The cut and the memory are in backward_work.h, the views of both in backward_launch.h, pack
 // and store in backward_operands.h, what happens to single rows in backward_tile.h.
+//
+// AE_EXPORT_BACKWARD_EITHER has a second struct of functors, with fewer passes, for launches in
+// which the statistics have no gradient.
 #pragma once
 #include "cpu/backward_operands.h"
 #include "cpu/gemm.h"
@@ -274,4 +277,16 @@ int32_t backward_launch(const ae_params* p, void* workspace, ae_parallel_for par
   }                                                                                                \
   AE_EXPORT int32_t ae_launch(const ae_params* p, void* workspace, ae_parallel_for parallel_for) { \
     return ae::backward_launch<Plan, Fn>(p, workspace, parallel_for);                              \
+  }
+
+// The same with functors `Quiet` that need fewer passes and serve launches without dstats.
+#define AE_EXPORT_BACKWARD_EITHER(Plan, Fn, Quiet)                                                 \
+  AE_EXPORT const ae_module_info* ae_info(void) { return ae::backward_info<Plan, Fn>(); }          \
+  AE_EXPORT int64_t ae_workspace_bytes(const ae_params* p) {                                       \
+    return p->dstats == nullptr ? ae::Backward<Plan, Quiet>(*p).workspace_bytes()                  \
+                                : ae::Backward<Plan, Fn>(*p).workspace_bytes();                    \
+  }                                                                                                \
+  AE_EXPORT int32_t ae_launch(const ae_params* p, void* workspace, ae_parallel_for parallel_for) { \
+    return p->dstats == nullptr ? ae::backward_launch<Plan, Quiet>(p, workspace, parallel_for)     \
+                                : ae::backward_launch<Plan, Fn>(p, workspace, parallel_for);       \
   }

@@ -51,6 +51,19 @@ def capped() -> tuple[ae.AttentionSpec, Captures]:
 CASES = [everything, normalised, capped]
 
 
+@pytest.mark.parametrize("q_size", [1.0, 0.0], ids=["", "all scores equal"])
+def test_output_alone(q_size: float) -> None:
+    """Statistics whose gradients need passes, and get none: the maximum may then be anywhere."""
+    spec, captures = capped()
+    q, k, v = operands(F64, 1, HEADS, 2, LENGTH, KEYS, d=DIM, dv=VALUE_DIM)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Tensor:
+        return ae.attention(q, k, v, spec)
+
+    inputs = [x.requires_grad_() for x in (q * q_size, k, v)]
+    assert torch.autograd.gradcheck(run, (*inputs, *captures.values()))
+
+
 @pytest.mark.parametrize("make", CASES)
 def test_gradcheck(make: Any) -> None:
     """q, k, v and every captured tensor, through the output and all saved statistics."""

@@ -11,6 +11,7 @@ from problems import BF16, F32, HEADS, Captures, leaf, operands, verify
 from torch import Tensor
 
 import attnengine as ae
+from attnengine import dispatch, gate
 from attnengine.spec import State
 
 
@@ -135,6 +136,63 @@ def test_extra_passes_are_made_and_explained() -> None:
         assert "pass" in handle.explain()
     assert passes["sharp"] >= 1
     assert ae.compile(ae.variants.causal(), q, k, v, backward=True).program.sources.passes == 0
+
+
+class DetachedSoftmax(SharpSoftmax):
+    """As users write it: the maximum is detached, its statistic and the sum are saved."""
+
+    state = {"m": float("-inf"), "r": 0.0}
+
+    def update(self, scores: Tensor, state: State) -> tuple[Tensor, State, Any]:
+        m = torch.maximum(state["m"], scores.amax().detach())
+        alpha = torch.exp(state["m"] - m)
+        p = torch.exp(scores - m)
+        return p, {"m": m, "r": state["r"] * alpha + p.sum()}, alpha
+
+
+class ClampedSoftmax(DetachedSoftmax):
+    """Scores beyond 20 have no gradient, which random ones of size 1 would not show."""
+
+    def update(self, scores: Tensor, state: State) -> tuple[Tensor, State, Any]:
+        return super().update(scores.clamp(max=20.0), state)
+
+    def weights(self, scores: Tensor, saved: State) -> Tensor:
+        return super().weights(scores.clamp(max=20.0), saved)
+
+
+def test_statistics_without_a_gradient_cost_no_pass() -> None:
+    """What a softmax that saves its maximum and sum has in common with one that saves lse: together
+    they give rowsum(dO * O) times the weights. Only gradients of their own need the passes."""
+    q, k, v = operands(F32)
+    sharp_spec = ae.AttentionSpec(row_func=SharpSoftmax(), mask_mod=mask)
+    pipeline = ae.compile(sharp_spec, q, k, v, backward=False).pipeline
+    assert pipeline.derived is not None and len(pipeline.derived.passes) == 2
+    assert pipeline.quiet is not None and len(pipeline.quiet.passes) == 0
+    text = ae.compile(sharp_spec, q, k, v, backward=False).explain()
+    assert "extra passes over the keys: 2" in text
+    assert "extra passes when no statistic has a gradient: 0" in text
+    detached = ae.AttentionSpec(row_func=DetachedSoftmax())
+    for spec in (detached, ae.AttentionSpec()):
+        stages = dispatch.pipeline(spec, dispatch.captures_for(spec), F32, 40, 24, "avx2")
+        assert stages.derived is not None and stages.derived.passes == ()
+        assert stages.quiet is None
+
+
+def test_a_clamp_is_not_taken_for_a_softmax() -> None:
+    spec = ae.AttentionSpec(row_func=ClampedSoftmax())
+    stages = dispatch.pipeline(spec, dispatch.captures_for(spec), F32, 40, 24, "avx2")
+    assert stages.derived is not None
+    assert not any("rowsum(dO o O) w" in note for note in stages.derived.notes)
+    assert "clamp" in str(stages.sources.backward) or "minimum" in str(stages.sources.backward)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 60, 150), (1, 33, 257), (3, 5, 9)], ids=str)
+def test_only_the_output_has_a_gradient(shape: tuple[int, int, int]) -> None:
+    B, L, S = shape
+    spec = ae.AttentionSpec(row_func=SharpSoftmax(), mask_mod=mask)
+    q, k, v = operands(F32, B=B, L=L, S=S, seed=8)
+    reports = gate.compare(lambda q, k, v: ae.attention(q, k, v, spec), spec, q, k, v)
+    assert {r.name for r in reports} >= {"out", "dq", "dk", "dv"}
 
 
 @pytest.mark.parametrize("make, dtype", CASES)
