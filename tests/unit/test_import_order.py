@@ -15,7 +15,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "foundation": ("errors", "settings", "platform_tag"),
     "spec": ("spec", "rows", "variants"),
     "meaning": ("products", "reference", "noise", "gate"),
-    "trace": ("ir", "capture", "aten", "lower", "trace", "derive"),
+    "trace": ("ir", "capture", "aten", "lower", "trace", "probe", "derive"),
     "normalize": ("key", "serialize", "blockmask"),
     "plan": ("arch", "diagonal", "plan"),
     "generate": ("emit", "unit", "source", "source_backward"),
