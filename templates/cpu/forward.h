@@ -15,7 +15,7 @@
 // The generated unit defines, with A = Plan::Acc and L = ae::Lanes<A>:
 //
 //   struct Plan
-//     Elem, Acc                 float, double or bf16 operands; float or double arithmetic
+//     Elem, Acc                 float, double, bf16 or f16 operands; float or double arithmetic
 //     kD, kDv                   head dimensions of Q and K, and of V
 //     kBlockM, kBlockN          rows and keys of a score tile; kBlockN a multiple of 2 W
 //     kVirtualWorkers           work is cut for so many, whatever the number of threads
