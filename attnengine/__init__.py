@@ -1,16 +1,7 @@
 """attnengine: attention written in plain PyTorch, run as a fused kernel."""
 
-from . import variants
-from .api import (
-    AuxOutput,
-    AuxRequest,
-    Handle,
-    Statistics,
-    attention,
-    compile,
-    explain,
-    flex_attention,
-)
+from typing import Any
+
 from .errors import (
     AttnEngineError,
     BuildError,
@@ -19,9 +10,25 @@ from .errors import (
     RowFunctionError,
     TraceError,
 )
-from .reference import reference
-from .rows import Identity, ReLU, Retention, Sigmoid, Softmax, SoftmaxSink
-from .spec import AttentionSpec, OnlineFunc
+
+_broken: Exception | None = None
+try:
+    from . import variants
+    from .api import (
+        AuxOutput,
+        AuxRequest,
+        Handle,
+        Statistics,
+        attention,
+        compile,
+        explain,
+        flex_attention,
+    )
+    from .reference import reference
+    from .rows import Identity, ReLU, Retention, Sigmoid, Softmax, SoftmaxSink
+    from .spec import AttentionSpec, OnlineFunc
+except (ImportError, OSError) as error:  # torch, or the operator library: doctor must still run
+    _broken = error
 
 __version__ = "0.1.0"
 
@@ -31,3 +38,11 @@ __all__ = [
     "RowFunctionError", "Sigmoid", "Softmax", "SoftmaxSink", "Statistics", "TraceError",
     "attention", "compile", "explain", "flex_attention", "reference", "variants",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if _broken is not None and name in __all__:
+        raise ImportError(
+            f"attnengine.{name}: {_broken} (the command `attnengine doctor` says what is missing)"
+        ) from _broken
+    raise AttributeError(f"module 'attnengine' has no attribute {name!r}")

@@ -1,21 +1,21 @@
-"""The command line: attnengine demo | doctor | explain | prebuild | cache.
+"""The command line: attnengine demo | doctor | explain | plan | prebuild | cache.
 
 Each command imports what it needs by itself, so that `attnengine cache ls` starts without torch.
 """
 
 import argparse
-import ast
 import dataclasses
 import importlib
 import importlib.metadata
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from attnengine import variant_call
+from attnengine.doctor import size
 from attnengine.errors import AttnEngineError
 
 
@@ -50,20 +50,14 @@ def _parser() -> argparse.ArgumentParser:
         return made
 
     command("demo", _demo, "compile, check and time variants, then train a small model")
-    command("doctor", _doctor, "say what this machine has: processor, compiler, cache")
+    doctor = command("doctor", _doctor, "say what this machine can do, and what is missing")
+    doctor.add_argument("--json", action="store_true", help="the same facts for machines")
 
-    explain = command("explain", _explain, "print every stage from a variant to its kernel")
-    explain.add_argument("variant", help="a name in attnengine.variants, or FILE.py:NAME")
-    explain.add_argument(
-        "settings", nargs="*", metavar="KEY=VALUE", help="arguments of the variant"
-    )
-    explain.add_argument("--batch", type=int, default=1)
-    explain.add_argument("--heads", type=int, default=8)
-    explain.add_argument("--kv-heads", type=int, help="default: --heads")
-    explain.add_argument("--length", type=int, default=2048)
-    explain.add_argument("--kv-length", type=int, help="default: --length")
-    explain.add_argument("--dim", type=int, default=64)
-    explain.add_argument("--dtype", choices=("bf16", "fp16", "fp32", "fp64"), default="bf16")
+    for name, run, text in (
+        ("explain", _explain, "print every stage from a variant to its kernel"),
+        ("plan", _plan, "print candidates with predicted cost, and the choice; compile nothing"),
+    ):
+        variant_call.add_arguments(command(name, run, text))
 
     prebuild = command("prebuild", _prebuild, "compile kernels ahead of time: a folder or a wheel")
     prebuild.add_argument(
@@ -108,51 +102,25 @@ def _demo(options: Any) -> int:
     return int(importlib.import_module("attnengine.demo").main(options.rest) or 0)
 
 
-def _assignments(words: list[str]) -> dict[str, Any]:
-    found = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or not key.isidentifier():
-            raise ValueError(f"{word!r}: expected KEY=VALUE")
-        try:
-            found[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            raise ValueError(f"{word!r}: the value must be a Python literal") from None
-    return found
-
-
 def _explain(options: Any) -> int:
-    import torch
-
     import attnengine
-    from attnengine.prebuild import named_object
 
-    if ":" in options.variant:
-        variant = named_object(options.variant)
+    call = variant_call.call_of(options)
+    if call.isa is None:
+        print(attnengine.explain(call.spec, call.q, call.k, call.v))
     else:
-        variants = importlib.import_module("attnengine.variants")
-        variant = None if options.variant[0] == "_" else getattr(variants, options.variant, None)
-        if variant is None:
-            raise ValueError(f"variant={options.variant!r}: not in attnengine.variants")
-    if not hasattr(variant, "row_func"):  # a function that makes the spec
-        try:
-            variant = variant(**_assignments(options.settings))
-        except TypeError as error:
-            raise ValueError(f"{options.variant}: {error}; give arguments as KEY=VALUE") from None
-    dtypes = {
-        "bf16": torch.bfloat16,
-        "fp16": torch.float16,
-        "fp32": torch.float32,
-        "fp64": torch.float64,
-    }
-    dtype = dtypes[options.dtype]
-    kv_heads = options.kv_heads or options.heads
-    kv_length = options.length if options.kv_length is None else options.kv_length
-    q = torch.randn(options.batch, options.heads, options.length, options.dim, dtype=dtype)
-    k, v = (torch.randn(options.batch, kv_heads, kv_length, options.dim, dtype=dtype) for _ in "kv")
-    text = getattr(attnengine, "explain")(variant, q, k, v)  # noqa: B009  loaded on first use
-    if text is not None:
-        print(text)
+        print(attnengine.compile(*call[:4], backward=False, isa=call.isa).explain())
+    return 0
+
+
+def _plan(options: Any) -> int:
+    from attnengine import dispatch
+    from attnengine.explain import describe_plans
+
+    call = variant_call.call_of(options, device="meta")
+    d, isa = call.q.shape[3], call.isa or dispatch.default_isa()
+    captures = dispatch.captures_for(call.spec)
+    print(describe_plans(dispatch.pipeline(call.spec, captures, call.q.dtype, d, d, isa)))
     return 0
 
 
@@ -179,54 +147,11 @@ def _prebuild(options: Any) -> int:
 
 
 def _doctor(options: Any) -> int:
-    from attnengine import cache_upkeep, settings
-    from attnengine.cache import Store
-    from attnengine.compiler import Compiler, find_compiler
+    from attnengine import doctor
 
-    compiler, wrong = find_compiler(), 0
-    print(f"python    {platform.python_version()} on {platform.platform()}")
-    try:
-        print(f"torch     {importlib.metadata.version('torch')}")
-    except importlib.metadata.PackageNotFoundError:
-        print("torch     MISSING: pip install torch")
-        wrong = 1
-    try:
-        isa = importlib.import_module("attnengine._host").cpu_isa()
-    except ImportError as error:
-        isa, wrong = f"unknown (the operator library is not built: {error})", 1
-    print(f"processor {isa}, {len(os.sched_getaffinity(0))} hardware threads for this process")
-    if settings.isa_override() is not None:
-        print(f"          ATTNENGINE_ISA asks for {settings.isa_override()}")
-    if isinstance(compiler, Compiler):
-        version = compiler.version.strip().splitlines()[-1]
-        print(f"compiler  {compiler.command}: {version}")
-    else:
-        print(f"compiler  MISSING: {compiler}")
-        wrong = 0 if settings.jit_disabled() or settings.aot_paths() else 1
-    if settings.jit_disabled():
-        print("          ATTNENGINE_DISABLE_JIT is set: nothing is compiled")
-    store = Store(settings.cache_dir())
-    try:
-        store.prepare()
-        entries = cache_upkeep.modules(store)
-        used, limit = cache_upkeep.total_bytes(store), settings.cache_limit_bytes()
-        size = f"{len(entries)} modules, {_size(used)} of {_size(limit)}"
-        print(f"cache     {store.root}: {size}")
-    except (OSError, AttnEngineError) as error:
-        print(f"cache     UNUSABLE, a temporary folder is used instead: {error}")
-        wrong = 1
-    for root in settings.aot_paths():
-        known = len(cache_upkeep.modules(Store(root)))
-        print(f"prebuilt  {root}: {known} modules")
-    return wrong
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
+    report = doctor.examine()
+    print(doctor.as_json(report) if options.json else "\n".join(doctor.lines(report)))
+    return 0 if report.can_run else 1
 
 
 def _age(then: float) -> str:
@@ -251,9 +176,9 @@ def _cache_ls(options: Any) -> int:
     entries = cache_upkeep.modules(store)
     for entry in entries:
         what = entry.label if entry.problem is None else f"BROKEN: {entry.problem}"
-        size, age = _size(entry.bytes), _age(entry.used)
-        print(f"{entry.digest[:12]}  {entry.isa:11}  {size:>10}  {age:>10}  {what}")
-    print(f"{len(entries)} modules, {_size(cache_upkeep.total_bytes(store))} in {store.root}")
+        used, age = size(entry.bytes), _age(entry.used)
+        print(f"{entry.digest[:12]}  {entry.isa:11}  {used:>10}  {age:>10}  {what}")
+    print(f"{len(entries)} modules, {size(cache_upkeep.total_bytes(store))} in {store.root}")
     return 0
 
 
@@ -280,8 +205,8 @@ def _cache_prune(options: Any) -> int:
         limit = int(options.limit_mb * 2**20)
     store = _store()
     freed = cache_upkeep.prune(store, limit, young_s=0.0)
-    left = _size(cache_upkeep.total_bytes(store))
-    print(f"freed {_size(freed)}; {left} of {_size(limit)} left in {store.root}")
+    left = size(cache_upkeep.total_bytes(store))
+    print(f"freed {size(freed)}; {left} of {size(limit)} left in {store.root}")
     return 0
 
 
@@ -290,5 +215,5 @@ def _cache_clear(options: Any) -> int:
 
     store = _store()
     freed = cache_upkeep.clear(store)
-    print(f"freed {_size(freed)} in {store.root}")
+    print(f"freed {size(freed)} in {store.root}")
     return 0

@@ -84,6 +84,15 @@ def compiler_choice() -> tuple[str, str] | None:
     return None
 
 
+def cuda_home() -> tuple[str, str] | None:
+    """The CUDA toolkit that the user points at, as (variable, value): CUDA_HOME, else CUDA_PATH."""
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        text = _text(name)
+        if text is not None:
+            return name, text
+    return None
+
+
 def search_path() -> str:
     """PATH, on which compilers are looked for."""
     return os.environ.get("PATH", os.defpath)

@@ -119,26 +119,6 @@ def test_bad_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None
     assert "usage: attnengine" in capsys.readouterr().err
 
 
-def test_doctor(
-    store: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fill(store)
-    monkeypatch.setenv("ATTNENGINE_AOT_PATH", str(store.root))
-    cli.main(["doctor"])
-    out = capsys.readouterr().out
-    for word in ("python ", "torch ", "processor ", "compiler ", "cache ", "prebuilt "):
-        assert f"\n{word}" in f"\n{out}"
-    assert "2 modules" in out
-
-
-def test_doctor_without_a_compiler(
-    store: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ATTNENGINE_CXX", "/nowhere/g++")
-    assert cli.main(["doctor"]) == 1
-    assert "compiler  MISSING: no C++ compiler: ATTNENGINE_CXX=" in capsys.readouterr().out
-
-
 def test_demo_gets_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
     demo = types.SimpleNamespace(main=lambda words: seen.append(words))
@@ -163,8 +143,9 @@ def test_explain_makes_the_spec_and_the_tensors(
 
     monkeypatch.setattr(attnengine, "explain", explain, raising=False)
     sizes = ["--heads", "4", "--kv-heads", "2", "--length", "8", "--kv-length", "16", "--dim", "4"]
-    assert cli.main(["explain", f"{file}:window", "w=3", *sizes, "--dtype", "fp32"]) == 0
-    assert capsys.readouterr().out == "w=3 (1, 4, 8, 4) (1, 2, 16, 4) torch.float32\n"
+    for dtype, name in (("fp32", "float32"), ("fp16", "float16")):
+        assert cli.main(["explain", f"{file}:window", "w=3", *sizes, "--dtype", dtype]) == 0
+        assert capsys.readouterr().out == f"w=3 (1, 4, 8, 4) (1, 2, 16, 4) torch.{name}\n"
     assert cli.main(["explain", f"{file}:ready", *sizes]) == 0
     assert capsys.readouterr().out.startswith("w=5 ")
     for words, message in (
@@ -174,6 +155,55 @@ def test_explain_makes_the_spec_and_the_tensors(
     ):
         assert cli.main(["explain", *words, *sizes]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_plan_compiles_nothing(
+    store: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATTNENGINE_CXX", "/nowhere/g++")
+    words = ["plan", "softcap", "cap=20.0", "--dim", "32", "--length", "100000", "--heads", "64"]
+    assert cli.main([*words, "--isa", "avx2"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("attnengine plan for bf16 D32x32 cpu:avx2\n")
+    forward, backward = out.split("== backward plan ==")
+    for part in (forward, backward):
+        assert "rows x keys  multiply  pointwise  cache  overhead  total" in part
+        assert part.count("chosen: ") == 1 and part.count("because ") >= 4
+        costs = [float(x.split()[-1]) for x in part.splitlines() if x.strip()[0:1].isdigit()]
+        assert len(costs) >= 4 and costs == sorted(costs)
+    assert not list(store.entries.glob("[0-9a-f][0-9a-f]/*"))
+
+
+def test_plan_of_a_spec_without_a_gradient(
+    store: Store, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import attnengine as ae\nimport torch\n"
+        "spec = ae.AttentionSpec(score_mod=lambda s, b, h, q, k: torch.digamma(s))\n"
+    )
+    assert cli.main(["plan", f"{file}:spec"]) == 1
+    assert "digamma" in capsys.readouterr().err
+    assert cli.main(["plan", "full", "--dtype", "fp64"]) == 0
+    assert "attnengine plan for f64 D64x64 " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["plan", "explain"])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["nothing"], "variant='nothing': not in attnengine.variants"),
+        (["_positive"], "variant='_positive': not in attnengine.variants"),
+        (["full", "--kv-heads", "3"], "--kv-heads=3: expected a divisor of --heads=8"),
+        (["full", "--dim", "0"], "--dim=0: expected a number above 0"),
+        (["softcap", "cup=3"], "give arguments as KEY=VALUE"),
+    ],
+)
+def test_calls_that_make_no_sense(
+    store: Store, command: str, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([command, *words]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_prebuild_copies_what_the_function_used(

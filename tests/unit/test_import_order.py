@@ -27,7 +27,10 @@ STAGES: dict[str, tuple[str, ...]] = {
         "library", "masks", "memory", "builtin", "dispatch", "explain", "ops", "backward",
         "handle", "api",
     ),
-    "faces": ("demo", "prebuild", "kernel_wheel", "prebuild_run", "cli"),
+    "faces": (
+        "demo", "prebuild", "kernel_wheel", "prebuild_run", "machine", "doctor", "variant_call",
+        "cli",
+    ),
 }  # fmt: skip
 ORDER = [module for modules in STAGES.values() for module in modules]
 
