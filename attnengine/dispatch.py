@@ -87,6 +87,7 @@ class Program:
     isa: str
     sources: Sources
     extra: tuple[torch.Tensor, ...]  # captured, but out of the walk's sight
+    exported: bool = False  # read from a graph that another process exported
     forward_id: int = -1
     backward_id: int = -1
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -153,7 +154,13 @@ class Program:
         def same(spec: AttentionSpec) -> bool:
             return getattr(program(spec, captures_for(spec), *key).sources, kind) == source
 
-        return builtin.prebuild_command(*key, same)
+        text = builtin.prebuild_command(*key, same)
+        if self.exported:
+            text += (
+                "\n  or, for an exported program, --specs kernels.py:run with a function run() "
+                "that loads its file and calls it"
+            )
+        return text
 
 
 _programs: dict[tuple, Program] = {}
@@ -269,7 +276,7 @@ def _made(
     memo = None
     if not captures.opaque:
         fields = (captures.signature, str(element), d, dv, isa)
-        memo = hashlib.sha256(f"{_generator()}{stable_text(fields)}".encode()).hexdigest()
+        memo = hashlib.sha256(f"{generator()}{stable_text(fields)}".encode()).hexdigest()
         text = cache.text_get("trace", memo)
         if text is not None:
             statistics.from_disk += 1
@@ -286,52 +293,10 @@ def _made(
     return Program(label, element, isa, stages.sources, tuple(by_position[at] for at in order))
 
 
-_read: dict[str, Program] = {}
-
-
-def program_of(text: str) -> Program:
-    """The program that a graph exported elsewhere carries, generated for this machine.
-
-    Raises ValueError when the text is damaged or of another format, or asks for instructions that
-    this CPU lacks. Nothing is compiled yet.
-    """
-    found = _read.get(text)
-    if found is not None:
-        return found
-    with _tracing:
-        found = _read.get(text)
-        if found is None:
-            found = _read[text] = _generated(text)
-        return found
-
-
-def _generated(text: str) -> Program:
-    meaning = serialize.load(text)
-    isa = meaning.isa or default_isa()
-    if meaning.isa is not None:
-        check_isa(isa)
-    element = meaning.element
-    label = f"exported {DTYPE_NAMES[element]} D{meaning.head_dim}x{meaning.value_dim} {isa}"
-    memo = hashlib.sha256(f"{_generator()}{isa} {text}".encode()).hexdigest()
-    known = cache.text_get("export", memo)
-    if known is not None:
-        statistics.from_disk += 1
-        return Program(label, element, isa, Sources.from_json(known), ())
-    try:
-        sources = regenerated(meaning, isa).sources
-    except (KeyError, IndexError, AssertionError, AttributeError) as error:
-        raise ValueError(
-            f"attnengine::attention: the exported program makes no kernel ({error}); the file is "
-            "damaged: export the model again"
-        ) from error
-    cache.text_put("export", memo, sources.to_json())
-    return Program(label, element, isa, sources, ())
-
-
 _generator_text: str | None = None
 
 
-def _generator() -> str:
+def generator() -> str:
     """What, besides the spec, decides the generated source: our own code and torch's version."""
     global _generator_text
     if _generator_text is None:

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
-from . import dispatch, ops
+from . import dispatch, exported, ops
 from .backward import TRANSFORMS, apply
 from .dispatch import Pipeline, Program
 from .explain import describe
@@ -39,27 +38,6 @@ def autocast_operands(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
                 for x in (q, k, v)
             )
     return q, k, v
-
-
-def parameters_of_export(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Captured tensors as a non-strict torch.export sees them.
-
-    It replaces the parameters and buffers of the exported module by fake tensors, but not what a
-    closure holds: a Parameter that a spec captured would become a constant of the graph, and
-    training or loading a state would not reach it. Export's fakes are unique per real tensor, so
-    asking for the fake again finds the module's own; any other tensor stays as it is, a constant.
-    """
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode
-
-    fakes, proxies = torch._guards.detect_fake_mode(), get_proxy_mode()
-    if fakes is None or proxies is None:
-        return list(tensors)
-    known = proxies.tracer.tensor_tracker
-    found = []
-    for t in tensors:
-        fake = t if isinstance(t, FakeTensor) else fakes.from_tensor(t, static_shapes=True)
-        found.append(fake if fake in known else t)
-    return found
 
 
 def _kinds(tensors: Sequence[torch.Tensor]) -> list[tuple]:
@@ -184,7 +162,7 @@ class Handle:
             if _is_exporting():
                 key = self.portable
                 if not _is_dynamo_compiling():  # Dynamo finds a module's parameters by itself
-                    tensors = parameters_of_export(tensors)
+                    tensors = exported.module_tensors(tensors)
             return torch.ops.attnengine.attention(q, k, v, tensors, key, self.scale)
         if _forward_ad._current_level >= 0 and any(map(_has_tangent, (q, k, v, *self.tensors))):
             raise NotImplementedError(TRANSFORMS)

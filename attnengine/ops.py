@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from attnengine import dispatch, library, serialize
+from attnengine import dispatch, exported, library, serialize
 
 # The C++ entry of each overload: calling the overload itself only forwards to it, for 0.4 us more.
 # forward returns None in place of the statistics when they were not asked for.
@@ -93,7 +93,7 @@ def resolve(key: str, kind: str) -> int:
                 "prepare the spec here with attnengine.compile(spec, q, k, v) before running the "
                 "graph, or take the graph with torch.export, which carries the program"
             )
-        register_program(key, dispatch.program_of(key))
+        register_program(key, exported.program_of(key))
         resolver = _resolvers[key]
     return resolver(kind)
 
@@ -117,7 +117,7 @@ def _saved_stats(key: str) -> tuple[int, int]:
 
 def _known(key: str) -> KeyInfo | None:
     if key not in _resolvers and serialize.is_program(key):
-        register_program(key, dispatch.program_of(key))
+        register_program(key, exported.program_of(key))
     return _key_infos.get(key)
 
 

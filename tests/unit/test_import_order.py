@@ -24,8 +24,8 @@ STAGES: dict[str, tuple[str, ...]] = {
         "staging", "build",
     ),
     "run": (
-        "library", "masks", "memory", "builtin", "dispatch", "explain", "ops", "backward",
-        "handle", "api",
+        "library", "masks", "memory", "builtin", "dispatch", "exported", "explain", "ops",
+        "backward", "handle", "api",
     ),
     "faces": (
         "demo", "prebuild", "kernel_wheel", "prebuild_run", "machine", "doctor", "variant_call",
