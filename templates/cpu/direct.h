@@ -51,11 +51,31 @@ AE_INLINE V sum_each(V (&x)[W]) {
 // One vector of keys as they are multiplied: M as it lies, narrower elements widened.
 template <class Acc, class M, class E>
 AE_INLINE typename GemmStep<Acc, M>::V load_key(const E* p) {
-  if constexpr (__is_same(M, E)) {
+  if constexpr (__is_same(M, E) && __is_same(M, bf16)) {
+    // In the type that the product takes: GCC 12 takes a cast of the vector through the stack.
+    auto x = load_vector<Vector<int16_t, 2 * Lanes<Acc>::W>>(p);
+    __asm__("" : "+v"(x));
+    return (typename GemmStep<Acc, M>::V)x;
+  } else if constexpr (__is_same(M, E)) {
     return load_vector<typename GemmStep<Acc, M>::V>(p);
   } else {
     return load_widened<Acc>(p);
   }
+}
+
+// sum + x * key for a key that is used once. The dot product of bf16 pairs reads it from memory: of
+// loads that it may place, GCC 12 keeps some on the stack.
+template <class Acc, class M, class V, class E>
+AE_INLINE V add_key(V sum, V x, const E* key) {
+#if defined(__AVX512BF16__)
+  if constexpr (__is_same(M, bf16)) {
+    __asm__("vdpbf16ps %2, %1, %0"
+            : "+v"(sum)
+            : "v"(x), "m"(*reinterpret_cast<const char (*)[sizeof(V)]>(key)));
+    return sum;
+  }
+#endif
+  return GemmStep<Acc, M>::multiply_add(sum, x, load_key<Acc, M>(key));
 }
 
 // Rows at multiples of a distance in bytes. The machine multiplies by 1, 2, 4 and 8 in an address;
@@ -116,13 +136,18 @@ AE_INLINE void direct_block(const M* q, int64_t q_row, const RowAddresses& keys,
 #pragma GCC unroll 1
   for (int d = 0; d < D; d += kLanes) {
     (__builtin_prefetch(reinterpret_cast<const E*>(keys.at<J>()) + d + ahead, 0, 2), ...);
-    const V key[kKeys] = {load_key<Acc, M>(reinterpret_cast<const E*>(keys.at<J>()) + d)...};
+    if constexpr (kRows == 1) {  // sixteen keys beside sixteen sums do not fit in registers
+      const V x = load_key<Acc, M>(q + d);
+      ((sum[J] = add_key<Acc, M>(sum[J], x, reinterpret_cast<const E*>(keys.at<J>()) + d)), ...);
+    } else {
+      const V key[kKeys] = {load_key<Acc, M>(reinterpret_cast<const E*>(keys.at<J>()) + d)...};
 #pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i) {
-      const V x = load_vector<V>(q + i * q_row + d);
+      for (int i = 0; i < kRows; ++i) {
+        const V x = load_key<Acc, M>(q + i * q_row + d);
 #pragma GCC unroll 16
-      for (int j = 0; j < kKeys; ++j) {
-        sum[i * kKeys + j] = Step::multiply_add(sum[i * kKeys + j], x, key[j]);
+        for (int j = 0; j < kKeys; ++j) {
+          sum[i * kKeys + j] = Step::multiply_add(sum[i * kKeys + j], x, key[j]);
+        }
       }
     }
   }
