@@ -149,6 +149,7 @@ class _Reader:
             _expect(
                 isinstance(item, list)
                 and len(item) == 3
+                and isinstance(item[0], str)
                 and item[0] in TORCH_DTYPES
                 and type(item[1]) is int
                 and 0 <= item[1] <= _MAX_RANK
@@ -219,6 +220,7 @@ class _Reader:
             isinstance(item, list)
             and len(item) in (3, 4)
             and isinstance(item[0], str)
+            and isinstance(item[1], str)
             and item[1] in TORCH_DTYPES
             and isinstance(item[2], list)
             and all(type(a) is int and 0 <= a < here for a in item[2]),

@@ -118,6 +118,11 @@ def test_handle(strict: bool, grad: bool) -> None:
         program = torch.export.export(
             layer, (x,), dynamic_shapes=({0: BATCH, 1: LENGTH},), strict=strict
         )
+    if not strict:  # as before a lowering to another runtime
+        assert (
+            attention_node(program.run_decompositions()).args[4:]
+            == attention_node(program).args[4:]
+        )
     node = attention_node(program)
     assert serialize.is_program(str(node.args[4])) and len(str(node.args[4])) < 4000
     (captured,) = node.args[3]  # type: ignore[misc]
@@ -352,6 +357,8 @@ DAMAGED: list[tuple[str, Callable[[dict], Any], str]] = [
     ("arguments", lambda d: d["nodes"][6].__setitem__(2, [2]), "1 arguments, expected 2"),
     ("types", lambda d: d["nodes"][6].__setitem__(1, "f32"), "gives f32, expected bool"),
     ("dtype", lambda d: d["nodes"][6].__setitem__(1, "quad"), "node 6 is"),
+    ("dtype of another kind", lambda d: d["nodes"][6].__setitem__(1, []), "node 6 is"),
+    ("capture of another kind", lambda d: d["captures"].__setitem__(0, [{}, 1, True]), "captured"),
     ("constant", lambda d: d["nodes"][4].__setitem__(3, "2);abort("), "constant"),
     ("large constant", lambda d: d["nodes"][4].__setitem__(3, "9" * 20), "constant"),
     ("input", lambda d: d["nodes"][0].__setitem__(3, "getenv"), "no such input 'getenv'"),
