@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from . import build, builtin, cache, library, serialize, settings
+from . import build, builtin, cache, clean_thread, library, serialize, settings
 from .arch import ISAS
 from .aten import Unsupported
 from .capture import Captures, captures_of_spec, stable_text
@@ -188,23 +188,13 @@ def pipeline(
     def stages() -> Pipeline:
         return _after_trace(trace(spec, captures.tensors, dtype), element, d, dv, isa)
 
-    return _undisturbed(stages)
-
-
-def _undisturbed(work: Callable[[], Pipeline]) -> Pipeline:
-    """Runs it in a thread of its own, where the caller's modes and dispatch keys do not reach.
-
-    The caller may be inside an operator, whose thread skips autograd: every derivative would come
-    out as zero, in silence. It may be inside torch.export, which would record our tracing.
-    """
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(work).result()
+    return clean_thread.run(stages)
 
 
 def regenerated(meaning: serialize.Meaning, isa: str) -> Pipeline:
     """Derive, key, plan and source of a program that was read. Raises NotImplementedError."""
     m = meaning
-    return _undisturbed(lambda: _after_trace(m.traced, m.element, m.head_dim, m.value_dim, isa))
+    return clean_thread.run(lambda: _after_trace(m.traced, m.element, m.head_dim, m.value_dim, isa))
 
 
 def _after_trace(traced: Traced, element: torch.dtype, d: int, dv: int, isa: str) -> Pipeline:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import gc
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +21,7 @@ from torch import Tensor
 from torch.export import Dim
 
 import attnengine as ae
-from attnengine import dispatch, exported, serialize, variants
+from attnengine import clean_thread, dispatch, exported, serialize, variants
 from attnengine.capture import captures_of_spec
 
 D = 8
@@ -400,3 +404,31 @@ def test_names_in_the_text_never_reach_a_unit() -> None:
     made = dispatch.regenerated(meaning, "avx2").sources
     assert any("abort" in name for name in meaning.traced.row.init)
     assert "abort" not in made.forward and "abort" not in (made.backward or "")
+
+
+def test_the_clean_thread(tmp_path: pathlib.Path) -> None:
+    """It lives as long as the process, serves forked children and callers within, and holds no
+    tensor of work that is done."""
+    assert clean_thread.run(lambda: clean_thread.run(lambda: 7)) == 7
+    with pytest.raises(KeyError, match="mine"):
+        clean_thread.run(lambda: {}["mine"])
+    threads = {clean_thread.run(threading.current_thread) for _ in range(3)}
+    assert len(threads) == 1 and threads.pop() in threading.enumerate()
+    with torch.inference_mode():
+        assert not clean_thread.run(torch.is_inference_mode_enabled)
+    held = torch.ones(3)
+    gone = weakref.ref(held)
+    assert clean_thread.run(functools.partial(torch.numel, held)) == 3
+    del held
+    clean_thread.run(lambda: None)
+    gc.collect()
+    assert gone() is None
+    program = (
+        "import os\nfrom attnengine import clean_thread\nclean_thread.run(os.getpid)\n"
+        "child = os.fork()\n"
+        "if child == 0:\n    os._exit(0 if clean_thread.run(os.getpid) == os.getpid() else 1)\n"
+        "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+    )
+    root = str(pathlib.Path(ae.__file__).parents[1])
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120,
+                   env={**os.environ, "PYTHONPATH": root})  # fmt: skip

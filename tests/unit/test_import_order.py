@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[2] / "attnengine"
 # Stages in order; a stage may be several modules, themselves in order. A new module gets a place
 # here. docs/how-a-call-flows.md explains each (test_docs.py checks that it names them all).
 STAGES: dict[str, tuple[str, ...]] = {
-    "foundation": ("errors", "settings", "platform_tag"),
+    "foundation": ("errors", "settings", "platform_tag", "clean_thread"),
     "spec": ("spec", "rows", "variants"),
     "meaning": ("products", "reference", "noise", "gate"),
     "trace": ("ir", "capture", "aten", "lower", "trace", "probe", "derive"),
