@@ -22,6 +22,7 @@ import pytest
 import torch
 
 import attnengine as ae
+from attnengine.cache_lock import hold
 from attnengine.elf import read_shared_object
 
 ROOT = Path(__file__).parents[2]
@@ -41,9 +42,24 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what a build needs, in which an older build has left things behind."""
-    checkout = tmp_path_factory.mktemp("checkout")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkout/, in which an older build has left things behind, and its dist/."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # one for all workers
+    place = root / "wheel_under_test"
+    with hold(root / "wheel_under_test.lock", "the wheel under test", 300.0):
+        if not (place / "dist").exists():
+            shutil.rmtree(place, ignore_errors=True)
+            copy_of_checkout(place / "checkout")
+            build_wheel(place / "checkout", place / "new")
+            (place / "new").rename(place / "dist")
+    return place
+
+
+def copy_of_checkout(checkout: Path) -> None:
+    """What a build needs, with the traces of an older build."""
+    checkout.mkdir(parents=True)
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
     for part in PARTS:
         if (ROOT / part).is_dir():
@@ -55,18 +71,24 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (checkout / left / "templates").mkdir(parents=True)
     (checkout / left / "gone.py").write_text("")
     (checkout / left / "templates" / "gone.h").write_text("")
-    return checkout
 
 
-@pytest.fixture(scope="module")
-def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("dist")
+def build_wheel(checkout: Path, out: Path) -> None:
     pip = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps"]
     done = subprocess.run(
         [*pip, "-w", str(out), "."], cwd=checkout, env=environment(), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    (made,) = out.iterdir()
+
+
+@pytest.fixture(scope="module")
+def checkout(built: Path) -> Path:
+    return built / "checkout"
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    (made,) = (built / "dist").iterdir()
     return made
 
 
