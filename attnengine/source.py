@@ -58,6 +58,8 @@ def forward_source(traced: Traced, plan: Plan, key: KernelKey, saved_states: Seq
         "    (void)env, (void)row, (void)state, (void)stats;",
     ]
     e.line(f"out_factor = {e.expr(row.out_factor)};")
+    if row.saved or saved_states:
+        e.line("if (stats == nullptr) return;")
     for i, value in enumerate(row.saved.values()):
         text = e.expr(value)
         e.line(f"stats[{i}] = {text};")

@@ -368,7 +368,7 @@ def accumulate(unit: Unit, e: Emitter, body: Emitter, reductions: Sequence[Node]
 
 ALIVE = "ae::ne(sm, low)"
 # Whole vectors that hold the keys of a tile row.
-END = "const int end = kPartial ? int(ae::round_up(ncols, L::W)) : Plan::kBlockN;"
+END = "const int end = kPartial ? int(ae::round_up(ncols, L::W)) : ncols;"
 
 
 def _identity(n: Node, rep: str) -> str:

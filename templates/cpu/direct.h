@@ -163,11 +163,12 @@ AE_INLINE void direct_block(const M* q, int64_t q_row, const RowAddresses& keys,
 }
 
 // scores[i][j] = q_i . k_j for rows i < m, keys j < n (n a multiple of W). Row i of q is at
-// q + i * q_row, key j at k + j * k_row; D elements each, a whole number of vectors. Fetches ahead
-// the keys that follow n keys later.
+// q + i * q_row, key j at k + j * k_row; D elements each, a whole number of vectors. Fetches what
+// lies `ahead` elements after each key.
 template <class Acc, class M, int D, class E>
 __attribute__((noinline)) void direct_scores(int m, const M* q, int64_t q_row, const E* k,
-                                             int64_t k_row, int n, Acc* scores, int64_t ld) {
+                                             int64_t k_row, int n, Acc* scores, int64_t ld,
+                                             int64_t ahead) {
   constexpr int W = Lanes<Acc>::W, kLanes = W * GemmStep<Acc, M>::kPair;
   static_assert(D % kLanes == 0, "rows must be whole vectors");
   const int64_t row_bytes = k_row * int64_t(sizeof(E));
@@ -179,7 +180,7 @@ __attribute__((noinline)) void direct_scores(int m, const M* q, int64_t q_row, c
       for (; i + kRows <= m; i += kRows) {
         RowAddresses keys(first, row_bytes);
         for (int j1 = 0; j1 < W; j1 += kKeys, keys.skip(kKeys)) {
-          direct_block<Acc, M, D, E, kRows>(q + i * q_row, q_row, keys, i == 0 ? n * k_row : 0,
+          direct_block<Acc, M, D, E, kRows>(q + i * q_row, q_row, keys, i == 0 ? ahead : 0,
                                             scores + i * ld + j + j1, ld,
                                             std::make_integer_sequence<int, kKeys>());
         }

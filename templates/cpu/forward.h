@@ -30,12 +30,11 @@
 //     init(env, row, A* state)
 //     bool tile_row<kPartial>(env, row, scale, A* s, Multiply<Plan>* w, A* state, A& factor, kv0,
 //                             ncols, mask_full)
-//         s: raw dot products of kBlockN keys from kv0 on; w, which is s unless kBf16Dot: their
-//         weights as the product takes them, 0 for dead keys. kPartial = false: every key is live
-//         under the mask. kPartial = true: only the first ncols keys exist, and unless mask_full
-//         the mask decides on each. Returns false, with state untouched and factor 1, when no key
-//         is live.
-//     finalize(env, row, const A* state, A& out_factor, A* stats)
+//         s: raw dot products of keys from kv0 on; w, which is s unless kBf16Dot: their weights as
+//         the product takes them, 0 for dead keys. kPartial = false: ncols keys, whole vectors, all
+//         live under the mask. kPartial = true: ncols keys, and unless mask_full the mask decides
+//         on each. Returns false, with state untouched and factor 1, when no key is live.
+//     finalize(env, row, const A* state, A& out_factor, A* stats)            stats may be null
 //     merge(env, row, const A* a, const A* b, A* merged, A& fa, A& fb)       with kHasMerge
 //     Interval classify(interval_env, b, h, q, k)                            with kHasMask
 //     L::Acc q_mod(env, L::Acc), k_mod, v_mod                                with kHas*Mod

@@ -12,6 +12,9 @@ namespace ae {
 // Up to this many rows, keys and values are read where they lie; beyond, packing a tile pays off.
 constexpr int kDirectRows = 8;
 
+// Packing fetches what it reads this many rows later.
+constexpr int64_t kPackAhead = 48;
+
 template <class Plan, class Fn>
 class Forward {
   using Elem = typename Plan::Elem;
@@ -148,13 +151,13 @@ class Forward {
   __attribute__((noinline)) void pack_k(int64_t b, int64_t h, int64_t kv_tile, M* k) const {
     const int64_t* s = p_.k_stride;
     pack_by_column<Acc, M, kD>(k, rows_of(p_.k, s, b, h, kv_tile * kBlockN), s[3], keys_in(kv_tile),
-                               kBlockN, k_mod(), kBlockN * s[2]);
+                               kBlockN, k_mod(), kPackAhead * s[2]);
   }
   // Returns whether the tile holds Inf or NaN.
   __attribute__((noinline)) bool pack_v(int64_t b, int64_t h, int64_t kv_tile, M* v) const {
     const int64_t* s = p_.v_stride;
     return pack_by_row<Acc, M, kDv>(v, rows_of(p_.v, s, b, h, kv_tile * kBlockN), s[3],
-                                    keys_in(kv_tile), kBlockN, v_mod(), kBlockN * s[2]);
+                                    keys_in(kv_tile), kBlockN, v_mod(), kPackAhead * s[2]);
   }
 
   M* packed_k(int64_t tile) const { return (M*)(base_ + at_.k) + tile * Scratch::kKTile; }
@@ -165,6 +168,18 @@ class Forward {
     const int64_t b = head / sizes_.Hkv, h = head % sizes_.Hkv;
     pack_k(b, h, kv_tile, packed_k(tile));
     base_[at_.bad + tile] = pack_v(b, h, kv_tile, packed_v(tile));
+  }
+
+  // The rows of a tile as A operand: where they lie, when they lie as packed rows would.
+  const M* query_rows(const ForwardTile<Plan>& tile, M* scratch) const {
+    const int64_t* s = p_.q_stride;
+    if constexpr (__is_same(M, Elem) && !Fn::kHasQMod && kD == Scratch::kQPitch) {
+      if (sizes_.interleave == 1 && s[3] == 1 && s[2] == kD) {
+        return (const M*)p_.q + tile.b * s[0] + tile.h(0) * s[1] + tile.q(0) * s[2];
+      }
+    }
+    pack_q(tile, scratch);
+    return scratch;
   }
 
   void pack_q(const ForwardTile<Plan>& tile, M* q) const {
@@ -180,13 +195,12 @@ class Forward {
     const ForwardTile<Plan> tile(sizes_, index / sizes_.splits);
     const int64_t split = index % sizes_.splits;
     char* scratch = base_ + worker * at_.worker_bytes;
-    const M* q = (M*)(scratch + Scratch::kQ);
+    const M* q = query_rows(tile, (M*)(scratch + Scratch::kQ));
     Acc* out = (Acc*)(scratch + Scratch::kOut);
     ae_run* runs_of_tile = (ae_run*)(scratch + Scratch::kBytes);
     Rows rows;
 
     if (sizes_.splits > 1) out = partial_out(index);
-    pack_q(tile, (M*)q);
     start_rows(tile, rows);
     __builtin_memset(out, 0, sizeof(Acc) * uint64_t(tile.count) * kOutPitch);
     const int64_t begin = sizes_.kv_tiles * split / sizes_.splits;
@@ -197,7 +211,7 @@ class Forward {
       const int64_t from = run.begin < begin ? begin : run.begin;
       const int64_t to = run.end > end ? end : run.end;
       const bool full = !Fn::kHasMask || run.tile_class == AE_TILE_FULL;
-      for (int64_t t = from; t < to; ++t) add_keys(tile, rows, t, full, scratch, out);
+      for (int64_t t = from; t < to; ++t) add_keys(tile, rows, q, t, full, scratch, out);
     }
     if (sizes_.splits > 1) {
       __builtin_memcpy(partial_state(index), rows.state, sizeof(Acc) * Fn::kStates * tile.count);
@@ -217,11 +231,11 @@ class Forward {
     }
   }
 
-  // Whether a few rows may read whole tiles of K, or of V, where they lie.
+  // Whether a few rows may read K, or V, where they lie.
   static constexpr bool kDirectK = !Fn::kHasKMod && kD % (L::W * kPair) == 0;
   static constexpr bool kDirectV = !Fn::kHasVMod && kDv % (L::W * kPair) == 0;
-  bool direct(const int64_t* stride, int rows, int ncols) const {
-    return !sizes_.pack_ahead && rows <= kDirectRows && ncols == kBlockN && stride[3] == 1;
+  bool direct(const int64_t* stride, int rows) const {
+    return !sizes_.pack_ahead && rows <= kDirectRows && stride[3] == 1;
   }
 
   // The columns of a kv tile in which some key of these rows may be live.
@@ -237,7 +251,7 @@ class Forward {
     return {0, ncols};
   }
 
-  void add_keys(const ForwardTile<Plan>& tile, Rows& rows, int64_t kv_tile, bool full,
+  void add_keys(const ForwardTile<Plan>& tile, Rows& rows, const M* q, int64_t kv_tile, bool full,
                 char* scratch, Acc* out) const {
     const Columns columns = columns_of(tile, kv_tile, keys_in(kv_tile), full);
     const int first = columns.begin, ncols = columns.end - columns.begin;
@@ -245,21 +259,16 @@ class Forward {
     Acc* scores = (Acc*)(scratch + Scratch::kScores) + first;
     M* weights = Plan::kBf16Dot ? (M*)(scratch + Scratch::kWeights) + first : (M*)scores;
     const int64_t packed = tile.kv_head * sizes_.kv_tiles + kv_tile;
-    score(tile, kv_tile, columns, packed, scratch, scores);
+    score(tile, q, kv_tile, columns, packed, scratch, scores);
     const int64_t key = kv_tile * kBlockN + first;
-    const bool partial = !full || ncols < kBlockN;
-    const bool live = partial ? weigh<true>(tile, rows, scores, weights, key, ncols, full)
-                              : weigh<false>(tile, rows, scores, weights, key, ncols, full);
+    const bool ragged = ncols % L::W != 0;
+    const bool live = !full || ragged ? weigh<true>(tile, rows, scores, weights, key, ncols, full)
+                                      : weigh<false>(tile, rows, scores, weights, key, ncols, full);
     if (!live) return;
     // Dead keys must not be multiplied, so only a tile without any may be read where it lies.
     if constexpr (kDirectV && !score_can_die<Fn>()) {
-      if (!partial && direct(p_.v_stride, tile.count, ncols)) {
-        const Elem* v = rows_of(p_.v, p_.v_stride, tile.kv_b, tile.kv_h, key).base;
-        using B = typename NaturalLoader<M, Elem, kBlockN>::type;
-        gemm<Acc, M, kOutPitch, GemmMode::kScale, B>(tile.count, kBlockN / kPair, weights, kBlockN,
-                                                     kPair, v, p_.v_stride[2], out, kOutPitch,
-                                                     rows.factor);
-        return;
+      if (full && direct(p_.v_stride, tile.count)) {
+        return multiply_direct(tile, key, ncols, rows.factor, weights, out);
       }
     }
     M* v = (M*)(scratch + Scratch::kV);
@@ -271,7 +280,7 @@ class Forward {
       bad_v = pack_v(tile.kv_b, tile.kv_h, kv_tile, v);
     }
     v += int64_t(first) * kOutPitch;
-    if (bad_v && (partial || score_can_die<Fn>())) {
+    if (bad_v && (!full || score_can_die<Fn>())) {
       return multiply_live(tile.count, ncols, rows.factor, weights, v, out);
     }
     const int steps = (ncols + kPair - 1) / kPair;  // the weight that fills a pair is 0
@@ -280,16 +289,12 @@ class Forward {
   }
 
   // Raw dot products of the rows with some columns of one tile of keys; `scores` is the first.
-  void score(const ForwardTile<Plan>& tile, int64_t kv_tile, Columns columns, int64_t packed,
-             char* scratch, Acc* scores) const {
-    const M* q = (const M*)(scratch + Scratch::kQ);
+  void score(const ForwardTile<Plan>& tile, const M* q, int64_t kv_tile, Columns columns,
+             int64_t packed, char* scratch, Acc* scores) const {
     const int ncols = columns.end - columns.begin;
     if constexpr (kDirectK) {
-      if (direct(p_.k_stride, tile.count, ncols)) {
-        const int64_t key = kv_tile * kBlockN;
-        const Elem* k = rows_of(p_.k, p_.k_stride, tile.kv_b, tile.kv_h, key).base;
-        return direct_scores<Acc, M, kD>(tile.count, q, Scratch::kQPitch, k, p_.k_stride[2],
-                                         kBlockN, scores, kBlockN);
+      if (direct(p_.k_stride, tile.count)) {
+        return score_direct(tile, kv_tile * kBlockN + columns.begin, ncols, q, scores);
       }
     }
     M* k = sizes_.pack_ahead ? packed_k(packed) : (M*)(scratch + Scratch::kK);
@@ -297,6 +302,40 @@ class Forward {
     gemm<Acc, M, kBlockN, GemmMode::kOverwrite>(
         tile.count, (kD + kPair - 1) / kPair, q, Scratch::kQPitch, kPair,
         k + int64_t(columns.begin) * kPair, kBlockN, scores, kBlockN, nullptr, ncols);
+  }
+
+  // The same from K as it lies. Keys beyond the last whole vector are copied, so that nothing past
+  // the end is read.
+  void score_direct(const ForwardTile<Plan>& tile, int64_t key, int ncols, const M* q,
+                    Acc* scores) const {
+    const int64_t row = p_.k_stride[2];
+    const Elem* k = rows_of(p_.k, p_.k_stride, tile.kv_b, tile.kv_h, key).base;
+    const int whole = ncols / L::W * L::W;
+    direct_scores<Acc, M, kD>(tile.count, q, Scratch::kQPitch, k, row, whole, scores, kBlockN,
+                              kBlockN * row);
+    if (whole == ncols) return;
+    Elem rest[L::W * kD] = {};
+    for (int j = whole; j < ncols; ++j) {
+      __builtin_memcpy(rest + (j - whole) * kD, k + j * row, sizeof(Elem) * kD);
+    }
+    direct_scores<Acc, M, kD>(tile.count, q, Scratch::kQPitch, rest, kD, L::W, scores + whole,
+                              kBlockN, 0);
+  }
+
+  // O = O * factor + W V from V as it lies; an odd last row is paired with zeros.
+  void multiply_direct(const ForwardTile<Plan>& tile, int64_t key, int ncols, const Acc* factor,
+                       const M* weights, Acc* out) const {
+    using B = typename NaturalLoader<M, Elem, kBlockN>::type;
+    const int64_t row = p_.v_stride[2];
+    const Elem* v = rows_of(p_.v, p_.v_stride, tile.kv_b, tile.kv_h, key).base;
+    const int whole = ncols / kPair * kPair;
+    gemm<Acc, M, kOutPitch, GemmMode::kScale, B>(tile.count, whole / kPair, weights, kBlockN, kPair,
+                                                 v, row, out, kOutPitch, factor);
+    if (whole == ncols) return;
+    Elem rest[kPair * kOutPitch] = {};
+    __builtin_memcpy(rest, v + whole * row, sizeof(Elem) * kDv);
+    gemm<Acc, M, kOutPitch, GemmMode::kAccumulate, B>(tile.count, 1, weights + whole, kBlockN,
+                                                      kPair, rest, kOutPitch, out, kOutPitch);
   }
 
   // Scores to weights, row by row. Returns whether any row has a live key in this tile.
@@ -378,7 +417,7 @@ class Forward {
     const int64_t q = tile.q(i), h = tile.h(i), *s = p_.out_stride;
     Acc stats[Fn::kStats > 0 ? Fn::kStats : 1];
     Acc factor = 1;
-    Fn::finalize(env_, row, state, factor, stats);
+    Fn::finalize(env_, row, state, factor, p_.stats != nullptr ? stats : nullptr);
     Elem* out = (Elem*)p_.out + tile.b * s[0] + h * s[1] + q * s[2];
     if (!alive) {
       for (int d = 0; d < kDv; ++d) out[d * s[3]] = Elem{};

@@ -68,8 +68,9 @@ struct SoftmaxFn {
   static bool tile_row(const ae::Env&, const Row& row, A scale, A* s, ae::Multiply<Plan>* w,
                        A* state, A& factor, int64_t kv0, int ncols, bool mask_full) {
     constexpr int W = L::W;
+    const int end = kPartial ? Plan::kBlockN : ncols;
     V top = V{} + kLowest;
-    for (int j = 0; j < Plan::kBlockN; j += W) {
+    for (int j = 0; j < end; j += W) {
       V x = ae::load_vector<V>(s + j) * scale;
       if constexpr (kHook) {
         for (int i = 0; i < W; ++i) x[i] = hooked_dead(kv0 + j + i) ? kLowest : x[i];
@@ -88,11 +89,11 @@ struct SoftmaxFn {
     for (int i = 0; i < W; ++i) m = top[i] > m ? top[i] : m;
     V sum{};
     if (m == kLowest) {
-      for (int j = 0; j < Plan::kBlockN; j += W) ae::store_multiply(w + j, V{});
+      for (int j = 0; j < end; j += W) ae::store_multiply(w + j, V{});
       return false;
     }
     const A prescale = kPartial || kHook ? A(1) : scale;
-    for (int j = 0; j < Plan::kBlockN; j += W) {
+    for (int j = 0; j < end; j += W) {
       const V p = ae::exp(ae::load_vector<V>(s + j) * prescale - m);
       ae::store_multiply(w + j, p);
       sum += p;
@@ -107,7 +108,7 @@ struct SoftmaxFn {
   }
   static void finalize(const ae::Env&, const Row&, const A* state, A& out_factor, A* stats) {
     out_factor = 1 / state[1];
-    stats[0] = state[0] + std::log(state[1]);
+    if (stats != nullptr) stats[0] = state[0] + std::log(state[1]);
   }
   static void merge(const ae::Env&, const Row&, const A* a, const A* b, A* to, A& fa, A& fb) {
     const A m = a[0] > b[0] ? a[0] : b[0];

@@ -7,12 +7,12 @@ struct Plan {
   using Elem = float;
   using Acc = float;
   static constexpr int kD = 64, kDv = 64;
-  static constexpr int kBlockM = 48, kBlockN = 128;
+  static constexpr int kBlockM = 48, kBlockN = 256;
   static constexpr int kVirtualWorkers = 32;
   static constexpr bool kPackGroup = true;
   static constexpr bool kSplitKV = false;
   static constexpr bool kBf16Dot = false;
-  static constexpr int64_t kScratchBytes = 49152;
+  static constexpr int64_t kScratchBytes = 98304;
   static constexpr const char* kKey = "7b17ef7db76d2f1a7ef1d131f43ba382b0f5d8430a20d738123e3e2625c3ee2e";
 };
 struct Fn {
@@ -93,7 +93,7 @@ struct Fn {
     const A r0 = r[0];
     const A r1 = r[1];
     const A r2 = r[2];
-    const int end = kPartial ? int(ae::round_up(ncols, L::W)) : Plan::kBlockN;
+    const int end = kPartial ? int(ae::round_up(ncols, L::W)) : ncols;
     const auto v61 = ae::neg(r0);
     const auto v62 = ae::add(r1, v61);
     for (int j = 0; j < end; j += L::W) {

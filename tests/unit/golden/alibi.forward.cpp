@@ -7,12 +7,12 @@ struct Plan {
   using Elem = float;
   using Acc = float;
   static constexpr int kD = 64, kDv = 64;
-  static constexpr int kBlockM = 48, kBlockN = 128;
+  static constexpr int kBlockM = 48, kBlockN = 256;
   static constexpr int kVirtualWorkers = 32;
   static constexpr bool kPackGroup = true;
   static constexpr bool kSplitKV = true;
   static constexpr bool kBf16Dot = false;
-  static constexpr int64_t kScratchBytes = 114688;
+  static constexpr int64_t kScratchBytes = 204800;
   static constexpr const char* kKey = "79d40a88496019550dec36f57c355cc4f193bf4b3d4efde1dc8652ccbe110837";
 };
 struct Fn {
@@ -61,7 +61,7 @@ struct Fn {
                        int ncols, bool mask_full) {
     (void)env, (void)row, (void)kv0, (void)ncols, (void)mask_full;
     const V low = ae::splat<V>(-A(__builtin_inf()));
-    const int end = kPartial ? int(ae::round_up(ncols, L::W)) : Plan::kBlockN;
+    const int end = kPartial ? int(ae::round_up(ncols, L::W)) : ncols;
     const A z0 = state[0];
     const A z1 = state[1];
     V top = low;
@@ -120,6 +120,7 @@ struct Fn {
     const A z1 = state[1];
     const auto v31 = ae::div(0x1.0000000000000p+0f, z1);
     out_factor = v31;
+    if (stats == nullptr) return;
     const auto v27 = ae::log(z1);
     const auto v28 = ae::add(z0, v27);
     stats[0] = v28;

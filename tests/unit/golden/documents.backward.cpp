@@ -7,12 +7,12 @@ struct Plan {
   using Elem = double;
   using Acc = double;
   static constexpr int kD = 24, kDv = 17;
-  static constexpr int kBlockM = 48, kBlockN = 64;
+  static constexpr int kBlockM = 48, kBlockN = 256;
   static constexpr int kVirtualWorkers = 32;
   static constexpr bool kPackGroup = true;
   static constexpr bool kSplitKV = false;
   static constexpr bool kBf16Dot = false;
-  static constexpr int64_t kScratchBytes = 49152;
+  static constexpr int64_t kScratchBytes = 196608;
   static constexpr const char* kKey = "5dffe8e3455c3bf17dc6e411d65a7f99608588837b3cf13e4a304e12d87d0131";
 };
 struct Fn {
@@ -115,7 +115,7 @@ struct Fn {
     const A r0 = r[0];
     const A r1 = r[1];
     const A r2 = r[2];
-    const int end = kPartial ? int(ae::round_up(ncols, L::W)) : Plan::kBlockN;
+    const int end = kPartial ? int(ae::round_up(ncols, L::W)) : ncols;
     const auto v73 = ae::neg(r0);
     const auto v74 = ae::add(r1, v73);
     for (int j = 0; j < end; j += L::W) {

@@ -7,12 +7,12 @@ struct Plan {
   using Elem = double;
   using Acc = double;
   static constexpr int kD = 24, kDv = 17;
-  static constexpr int kBlockM = 48, kBlockN = 128;
+  static constexpr int kBlockM = 24, kBlockN = 256;
   static constexpr int kVirtualWorkers = 32;
   static constexpr bool kPackGroup = true;
   static constexpr bool kSplitKV = true;
   static constexpr bool kBf16Dot = false;
-  static constexpr int64_t kScratchBytes = 111104;
+  static constexpr int64_t kScratchBytes = 147712;
   static constexpr const char* kKey = "9101c8419943e67ad5cd5dd54578c04cf787a319d5bae3b9cd91bd1de62a0a11";
 };
 struct Fn {
@@ -84,7 +84,7 @@ struct Fn {
                        int ncols, bool mask_full) {
     (void)env, (void)row, (void)kv0, (void)ncols, (void)mask_full;
     const V low = ae::splat<V>(-A(__builtin_inf()));
-    const int end = kPartial ? int(ae::round_up(ncols, L::W)) : Plan::kBlockN;
+    const int end = kPartial ? int(ae::round_up(ncols, L::W)) : ncols;
     const A z0 = state[0];
     const A z1 = state[1];
     V top = low;
@@ -145,6 +145,7 @@ struct Fn {
     const A z1 = state[1];
     const auto v40 = ae::div(0x1.0000000000000p+0, z1);
     out_factor = v40;
+    if (stats == nullptr) return;
     const auto v36 = ae::log(z1);
     const auto v37 = ae::add(z0, v36);
     stats[0] = v37;

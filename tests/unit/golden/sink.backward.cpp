@@ -114,7 +114,7 @@ struct Fn {
     const A r0 = r[0];
     const A r1 = r[1];
     const A r4 = r[4];
-    const int end = kPartial ? int(ae::round_up(ncols, L::W)) : Plan::kBlockN;
+    const int end = kPartial ? int(ae::round_up(ncols, L::W)) : ncols;
     const auto v49 = ae::neg(r0);
     const auto v50 = ae::add(r1, v49);
     for (int j = 0; j < end; j += L::W) {

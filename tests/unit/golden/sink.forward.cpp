@@ -7,12 +7,12 @@ struct Plan {
   using Elem = ae::bf16;
   using Acc = float;
   static constexpr int kD = 64, kDv = 128;
-  static constexpr int kBlockM = 48, kBlockN = 128;
+  static constexpr int kBlockM = 48, kBlockN = 256;
   static constexpr int kVirtualWorkers = 32;
   static constexpr bool kPackGroup = true;
   static constexpr bool kSplitKV = false;
   static constexpr bool kBf16Dot = true;
-  static constexpr int64_t kScratchBytes = 116736;
+  static constexpr int64_t kScratchBytes = 202752;
   static constexpr const char* kKey = "52dacaea0064f6f0270069b261bfac96d50dea13f94840c12a32812160d9da51";
 };
 struct Fn {
@@ -67,7 +67,7 @@ struct Fn {
                        int ncols, bool mask_full) {
     (void)env, (void)row, (void)kv0, (void)ncols, (void)mask_full;
     const V low = ae::splat<V>(-A(__builtin_inf()));
-    const int end = kPartial ? int(ae::round_up(ncols, L::W)) : Plan::kBlockN;
+    const int end = kPartial ? int(ae::round_up(ncols, L::W)) : ncols;
     const A z0 = state[0];
     const A z1 = state[1];
     V top = low;
@@ -124,6 +124,7 @@ struct Fn {
     const A z1 = state[1];
     const auto v31 = ae::div(0x1.0000000000000p+0f, z1);
     out_factor = v31;
+    if (stats == nullptr) return;
     const auto v28 = ae::log(z1);
     const auto v29 = ae::add(z0, v28);
     stats[0] = v29;
