@@ -182,13 +182,19 @@ class Emitter:
         return self.names[node.id]
 
     def _from_raw(self, x: Node) -> bool:
-        """``x`` is scores - (row scalar), and scores are raw dot products times the scale."""
-        return (
-            self.raw_scores is not None
-            and x.op == "sub"
-            and x.args[0].id == self.raw_scores
-            and not x.args[1].vec
-        )
+        """``x`` is scores - or + (row scalar), and scores are raw dot products times the scale."""
+        return self._raw_shift(x) is not None
+
+    def _raw_shift(self, x: Node) -> tuple[Node, bool] | None:
+        """The row scalar of _from_raw, and whether it is added."""
+        if self.raw_scores is None or x.op not in ("add", "sub"):
+            return None
+        a, b = x.args
+        if a.id == self.raw_scores and not b.vec:
+            return b, x.op == "add"
+        if x.op == "add" and b.id == self.raw_scores and not a.vec:
+            return a, True
+        return None
 
     def _only_raw(self, n: Node, root: Node) -> bool:
         """``n`` is part of an exp that is computed from raw dot products: not needed itself, unless
@@ -226,8 +232,9 @@ class Emitter:
             return f"ae::{n.op}({self.expr(n.args[0])})"
         if n.id in self.lazy:
             return self.lazy[n.id]
-        if n.op == "exp" and self._from_raw(n.args[0]):
-            return f"ae::exp_scaled_minus(sm, scale, {self.expr(n.args[0].args[1])})"
+        if n.op in ("exp", "sigmoid") and (shift := self._raw_shift(n.args[0])) is not None:
+            row = self.as_rep(shift[0], self.rep(n))
+            return f"ae::{n.op}_scaled_minus(sm, scale, {'-' if shift[1] else ''}({row}))"
         if n.op in ("input", "sum", "amax", "amin", "prod", "any", "all"):
             raise KeyError(f"{n.op} {n.attr} is not available in this scope")
         rep = self.rep(n)

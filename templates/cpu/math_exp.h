@@ -209,4 +209,15 @@ AE_INLINE V exp_scaled_minus(V x, float scale, float m) {
   return exp2(x * slope - m * 1.44269504f);
 }
 
+// sigmoid(x * scale - m) for the same weights: with 14 bits of the quotient.
+template <Vec V>
+AE_INLINE V sigmoid_scaled_minus(V x, float scale, float m) {
+  const float slope = scale * 1.44269504f;
+  const V d = 1.0f + exp2(m * 1.44269504f - x * slope);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return (V)_mm512_rcp14_ps((__m512)d);
+#endif
+  return 1.0f / d;
+}
+
 }  // namespace ae
