@@ -237,6 +237,8 @@ class Emitter:
             return f"ae::{n.op}_scaled_minus(sm, scale, {'-' if shift[1] else ''}({row}))"
         if n.op in ("input", "sum", "amax", "amin", "prod", "any", "all"):
             raise KeyError(f"{n.op} {n.attr} is not available in this scope")
+        if n.op == "tanh" and (scaled := self._scaled(n.args[0])) is not None:
+            return f"ae::tanh({scaled})"
         rep = self.rep(n)
         if n.op == "select":
             inner = rep if rep != "i32" else self._common(n.args[1:])
@@ -246,6 +248,16 @@ class Emitter:
         inner = self._common([*n.args, n]) if rep in ("i32", "i64") else rep
         text = f"ae::{n.op}({self._list(n.args, inner)})"
         return self._narrowed(text, inner, rep, n)
+
+    def _scaled(self, x: Node) -> str | None:
+        """A quotient by a constant as a product, for a smooth function of it (softcap): a division
+        costs as much as the function, and elsewhere its exact rounding may matter."""
+        if x.op != "div" or x.dtype != "f32" or not x.vec or x.args[1].op != "const":
+            return None
+        c = float(const_value(x.args[1]))
+        if not 1e-30 < abs(c) < 1e30:
+            return None
+        return f"ae::mul({self.as_rep(x.args[0], 'f32')}, {float_literal(1 / c, 'f32')})"
 
     def _narrowed(self, text: str, inner: str, rep: str, n: Node) -> str:
         if inner != rep:

@@ -134,7 +134,7 @@ struct Fn {
       if constexpr (kPartial) sm = ae::select(live, sm, low);
       const L::Mask alive = ae::ne(sm, low);
       const V dpv = ae::load_vector<V>(dp + j);
-      const auto v34 = ae::exp_scaled_minus(sm, scale, r4);
+      const auto v34 = ae::exp_scaled_minus(sm, scale, (r4));
       ae::store_vector(s + j, ae::select(alive, ae::splat<V>(v34), V{}));
       const auto v46 = ae::mul(dpv, v34);
       const auto v51 = ae::mul(v50, v34);

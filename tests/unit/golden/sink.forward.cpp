@@ -103,7 +103,7 @@ struct Fn {
     L::F32 acc24 = ae::splat<L::F32>(0x0.0p+0f);
     for (int j = 0; j < end; j += L::W) {
       const V sm = ae::load_vector<V>(s + j);
-      const auto v22 = ae::exp_scaled_minus(sm, scale, v18);
+      const auto v22 = ae::exp_scaled_minus(sm, scale, (v18));
       acc24 = ae::add(acc24, ae::splat<L::F32>(v22));
       ae::store_multiply(w + j, ae::splat<V>(v22));
     }
