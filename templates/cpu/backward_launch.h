@@ -74,7 +74,7 @@ class BackwardLaunch {
     const uint64_t address = reinterpret_cast<uint64_t>(workspace);
     base_ = static_cast<char*>(workspace) + (kAlign - address % kAlign) % kAlign;
     intervals_ = build_tables(p, Fn::kMaskCaptures, base_ + memory_.total, parallel_for);
-    diagonals_.build(p, base_ + diagonals_at(), parallel_for);
+    diagonals_.build(p, intervals_, base_ + diagonals_at(), parallel_for);
     clear_private_grads();
     for (first_head_ = 0; first_head_ < sizes.heads; first_head_ += cut.heads) {
       wave = sizes.heads - first_head_ < cut.heads ? sizes.heads - first_head_ : cut.heads;

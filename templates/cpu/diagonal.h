@@ -15,6 +15,7 @@
 //   scatter_diagonal<T>(env, b, h, q, k, live, V value, A* const* grads)
 #pragma once
 #include "common/env.h"
+#include "common/segments.h"
 #include "cpu/capture_gather.h"
 #include "cpu/memory.h"
 
@@ -81,9 +82,11 @@ class DiagonalTables {
   static int64_t bytes(const ae_params& p) { return bytes_from<0>(p); }
 
   // Fills the tables in `memory` (64-byte aligned). This object must outlive the launch.
-  void build(const ae_params& p, char* memory, ae_parallel_for parallel_for) {
+  void build(const ae_params& p, const IntervalEnv& intervals, char* memory,
+             ae_parallel_for parallel_for) {
     if constexpr (kCount > 0) {
       p_ = &p;
+      intervals_ = &intervals;
       pitch_ = diagonal_pitch<A>(p);
       chunks_ = (p.L + p.S - 1 + kChunk - 1) / kChunk;
       fill<0>(memory, parallel_for);
@@ -144,6 +147,7 @@ class DiagonalTables {
     const int64_t h = kInfo<T>.uses_h ? slot % p_->Hq : 0;
     const int64_t count = p_->L + p_->S - 1;
     const int64_t end = begin + kChunk < count ? begin + kChunk : count;
+    if (p_->L == 1 && masked(begin, end - 1)) return;
     char* out = (char*)tables_[T].data + slot * pitch_ * kInfo<T>.bytes;
     for (int64_t k = begin; k < end; k += W) {
       const auto live = lt(iota<typename Lanes<A>::I32>(), int32_t(end - k < W ? end - k : W));
@@ -154,6 +158,16 @@ class DiagonalTables {
         if (__builtin_expect(fault != 0, 0)) find_faults<T>(b, h, k, live, faults);
       }
     }
+  }
+
+  // Whether the mask empties these keys for the only query: a window of a long cache needs few.
+  bool masked(int64_t first, int64_t last) const {
+    if constexpr (Fn::kHasMask) {
+      const auto all = [](int64_t n) { return iv::range(0, double(n - 1)); };
+      const Interval k = iv::range(double(first), double(last));
+      return iv::is_false(Fn::classify(*intervals_, all(p_->B), all(p_->Hq), all(1), k));
+    }
+    return false;
   }
 
   // No live pair may ever meet this diagonal: a fault is remembered, not reported.
@@ -177,6 +191,7 @@ class DiagonalTables {
   }
 
   const ae_params* p_ = nullptr;
+  const IntervalEnv* intervals_ = nullptr;
   int64_t pitch_ = 0, chunks_ = 0;
   int32_t* faults_ = nullptr;
   bool faulted_ = false;

@@ -51,7 +51,7 @@ class Forward {
   void run(ae_parallel_for parallel_for) {
     if (sizes_.tiles() == 0) return;
     interval_env_ = build_tables(p_, Fn::kMaskCaptures, base_ + at_.tables, parallel_for);
-    diagonals_.build(p_, base_ + at_.tables + mask_bytes(p_), parallel_for);
+    diagonals_.build(p_, interval_env_, base_ + at_.tables + mask_bytes(p_), parallel_for);
     env_.tables = diagonals_.tables();
     if (sizes_.pack_ahead) {
       parallel_for(sizes_.kv_heads() * sizes_.kv_tiles, p_.threads, &pack_task, this);
