@@ -359,7 +359,7 @@ def test_what_is_no_module(tmp_path: Path) -> None:
             compiler.inspect(tmp_path / "kernel.so", ("ae_info",))
     whole = (Path(build.__file__).parent / "libattnengine_ops.so").read_bytes()
     found = elf.read_shared_object(whole)
-    assert {"libc10.so", "libtorch_cpu.so", "libc.so.6"} <= set(found.needed)
+    assert {"libtorch_cpu.so", "libc.so.6"} <= set(found.needed)
     for length in range(0, len(whole), len(whole) // 23):
         with pytest.raises(ValueError, match="ELF|not found"):
             elf.read_shared_object(whole[:length])
@@ -572,7 +572,7 @@ def test_function_form(
     out = bare.root / "out"
     assert cli.main(["prebuild", "--specs", f"{file}:run", "--out", str(out)]) == 0
     assert "2 kernels, 2 new" in capsys.readouterr().out
-    labels = {json.loads(p.read_text())["label"] for p in out.rglob("manifest.json")}
+    labels = [json.loads(p.read_text())["label"] for p in out.rglob("manifest.json")]
     assert all(label.startswith("forward") for label in labels) and len(labels) == 2
     every = ["prebuild", "--specs", f"{file}:run", "--target", "cpu:all", "--out", str(out)]
     assert cli.main(every) == 1
