@@ -53,7 +53,7 @@ def test_per_head_slopes(shape: dict, dtype: torch.dtype) -> None:
 @WIDE
 def test_many_gathers(dtype: torch.dtype) -> None:
     """One element gathers from the pairs of many tasks."""
-    spec, captures = gathers(200, 300, stored=F32)
+    spec, captures = gathers(200, 300, stored=BF16)
     same_bits(spec, *operands(dtype, B=2, L=200, S=300), captures)
 
 

@@ -48,7 +48,7 @@ def test_index_out_of_bounds_only_where_nothing_is_live() -> None:
     q, k, v = operands(F32, B=1, H=HEADS, Hkv=HEADS, L=97, S=97)
 
     def spec(entries: int) -> tuple[ae.AttentionSpec, Tensor]:
-        table = leaf(entries, HEADS, seed=3)
+        table = leaf(entries, HEADS, seed=3).detach()
 
         def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             distance = torch.where(q >= k, q - k, q - k + 1000)  # beyond the table when masked

@@ -26,7 +26,8 @@ def test_16_bits(isa: str) -> None:
     dtype = F16 if isa == "avx2" else BF16
     spec, captures = alibi()
     for shape in (dict(B=2, L=LENGTH, S=KEYS), dict(L=1, S=900), dict(L=3, S=2)):
-        verify(spec, *operands(dtype, **shape), captures, isa=isa)
+        # AVX-512 without bf16 products computes gradients as AVX2 does.
+        verify(spec, *operands(dtype, **shape), captures, isa=isa, grads=isa != "avx512")
 
 
 @pytest.mark.parametrize("isa", ["avx2"])
