@@ -11,6 +11,8 @@ namespace ae {
 
 // Up to this many rows, keys and values are read where they lie; beyond, packing a tile pays off.
 constexpr int kDirectRows = 8;
+// And so many keys later is what they fetch, into the second cache.
+constexpr int kDirectAhead = 64;
 
 // Packing fetches what it reads this many rows later.
 constexpr int64_t kPackAhead = 48;
@@ -312,7 +314,7 @@ class Forward {
     const Elem* k = rows_of(p_.k, p_.k_stride, tile.kv_b, tile.kv_h, key).base;
     const int whole = ncols / L::W * L::W;
     direct_scores<Acc, M, kD>(tile.count, q, Scratch::kQPitch, k, row, whole, scores, kBlockN,
-                              kBlockN * row);
+                              kDirectAhead * row);
     if (whole == ncols) return;
     Elem rest[L::W * kD] = {};
     for (int j = whole; j < ncols; ++j) {
@@ -325,7 +327,7 @@ class Forward {
   // O = O * factor + W V from V as it lies; an odd last row is paired with zeros.
   void multiply_direct(const ForwardTile<Plan>& tile, int64_t key, int ncols, const Acc* factor,
                        const M* weights, Acc* out) const {
-    using B = typename NaturalLoader<M, Elem, kBlockN>::type;
+    using B = typename NaturalLoader<M, Elem, kDirectAhead>::type;
     const int64_t row = p_.v_stride[2];
     const Elem* v = rows_of(p_.v, p_.v_stride, tile.kv_b, tile.kv_h, key).base;
     const int whole = ncols / kPair * kPair;
