@@ -48,7 +48,7 @@ lint: $(STAMPS)/installed
 	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 
 bench: $(STAMPS)/installed
-	$(BIN)/python -m bench cpu
+	$(BIN)/python -m bench cpu --report
 
 # Against a torch that is there: that of .venv, else PYTHON's. Only where neither has one is it fetched.
 WHEEL := -m pip wheel --no-build-isolation --no-deps -w dist .
