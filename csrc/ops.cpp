@@ -120,7 +120,6 @@ class CaptureGradients {
       accumulators_[n] = allocate_contiguous(c.size, c.rank, dtype);
       c.grad = accumulators_[n].data();
       const int64_t bytes = element_count(c.size, c.rank) * element_bytes(dtype);
-      advise_large_pages(c.grad, bytes);
       clear(c.grad, bytes);
     }
     dtype_ = dtype;

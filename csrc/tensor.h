@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "layout.h"
+#include "pages.h"
 #include "validate.h"
 
 namespace ae {
@@ -132,8 +133,10 @@ inline Tensor allocate(const int64_t* size, const int64_t* stride, int64_t rank,
   AE_TORCH(
       aoti_torch_empty_strided(rank, size, stride, types.to_torch[dtype], types.cpu, 0, &handle));
   Tensor tensor(handle);
+  const int64_t bytes = element_count(size, rank) * element_bytes(dtype);
+  if (bytes >= kLargeBufferBytes) advise_large_pages(tensor.data(), bytes);
   if (poison_buffers.load(std::memory_order_relaxed)) [[unlikely]] {
-    poison(tensor.data(), element_count(size, rank) * element_bytes(dtype));
+    poison(tensor.data(), bytes);
   }
   return tensor;
 }

@@ -1,8 +1,6 @@
 // Scratch memory for launches: small requests reuse one buffer per thread, large ones one buffer of
 // the process.
 #pragma once
-#include <sys/mman.h>
-
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -10,25 +8,13 @@
 #include <new>
 #include <utility>
 
+#include "pages.h"
+
 namespace ae {
 
 // Kernels keep their tiles in L1/L2, so small launches fit; a thread never holds on to more.
 inline constexpr int64_t kCachedWorkspaceBytes = int64_t{1} << 20;
 inline constexpr size_t kWorkspaceAlignment = 4096;  // a page: the same L1 sets at every run
-
-// Asks for pages of 2 MiB before a large buffer is touched for the first time: a buffer of this
-// size comes fresh from the kernel, and page faults took a fifth of a forward and backward (bf16,
-// H=8, S=2048, D=64). Only advice: where it is not followed, nothing changes.
-inline constexpr int64_t kLargeBufferBytes = int64_t{4} << 20;
-
-inline void advise_large_pages(void* data, int64_t bytes) {
-  if (bytes < kLargeBufferBytes) return;
-  constexpr uintptr_t kPage = uintptr_t{2} << 20;
-  const auto address = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t begin = (address + kPage - 1) & ~(kPage - 1);
-  const uintptr_t end = (address + static_cast<uintptr_t>(bytes)) & ~(kPage - 1);
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-}
 
 // One large buffer that the process keeps between launches, so that layers which run one after the
 // other touch fresh pages once. A launch that finds it taken or too small allocates its own; the

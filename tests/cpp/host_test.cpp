@@ -128,6 +128,35 @@ void test_workspace() {
   buffer.release();
 }
 
+void test_large_buffer() {
+  constexpr int64_t kBytes = int64_t{5} << 20;
+  void* first = nullptr;
+  {
+    const ae::LargeBuffer buffer(kBytes);
+    first = buffer.data();
+    CHECK(reinterpret_cast<uintptr_t>(first) % 64 == 0);
+    std::memset(first, 1, kBytes);
+    const ae::LargeBuffer other(kBytes);  // while the first one is in use
+    CHECK(other.data() != first);
+    std::memset(other.data(), 2, kBytes);
+    CHECK(static_cast<const char*>(first)[kBytes - 1] == 1);
+  }
+  void* kept = nullptr;
+  {
+    const ae::LargeBuffer again(kBytes);
+    kept = again.data();
+  }
+  CHECK(ae::LargeBuffer(kBytes - 1).data() == kept);
+  CHECK(ae::LargeBuffer(kBytes).data() == kept);
+  std::memset(ae::LargeBuffer(ae::LargeBuffer::kKeptBytes + 1).data(), 3, 1);  // freed, not kept
+  {
+    const ae::LargeBuffer larger(2 * kBytes);
+    std::memset(larger.data(), 4, 2 * kBytes);
+    kept = larger.data();
+  }
+  CHECK(ae::LargeBuffer(kBytes).data() == kept);  // the larger one is kept
+}
+
 template <class Error, class Body_>
 std::string text_of(Body_ body) {
   try {
@@ -223,6 +252,7 @@ int main(int argc, char** argv) {
   }
   test_tasks<forbidden_pool>(1, 4);
   test_workspace();
+  test_large_buffer();
   test_registry_and_checks(argv[1]);
   return CHECK_RESULT();
 }
