@@ -1,12 +1,11 @@
 // Scratch memory for launches: small requests reuse one buffer per thread, large ones one buffer of
 // the process.
 #pragma once
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
-#include <mutex>
 #include <new>
-#include <utility>
 
 #include "pages.h"
 
@@ -23,44 +22,42 @@ class LargeBuffer {
  public:
   static constexpr int64_t kKeptBytes = int64_t{64} << 20;
 
-  explicit LargeBuffer(int64_t bytes) {
-    {
-      const std::lock_guard<std::mutex> lock(kept().mutex);
-      std::swap(block_, kept().block);
-    }
-    if (block_.bytes >= bytes) return;
-    std::free(block_.data);
+  explicit LargeBuffer(int64_t bytes) : block_(kept().exchange(nullptr)) {
+    if (block_ != nullptr && block_->bytes >= bytes) return;
+    drop(block_);
     constexpr int64_t kPage = int64_t{2} << 20;
-    block_.bytes = (bytes + kPage - 1) / kPage * kPage;
-    block_.data = std::aligned_alloc(kPage, static_cast<size_t>(block_.bytes));
-    if (block_.data == nullptr) throw std::bad_alloc();
-    advise_large_pages(block_.data, block_.bytes);
+    const int64_t size = (bytes + kPage - 1) / kPage * kPage;
+    void* data = std::aligned_alloc(kPage, static_cast<size_t>(size));
+    if (data == nullptr) throw std::bad_alloc();
+    advise_large_pages(data, size);
+    block_ = new Block{data, size};
   }
   LargeBuffer(const LargeBuffer&) = delete;
   LargeBuffer& operator=(const LargeBuffer&) = delete;
   ~LargeBuffer() {
-    if (block_.bytes <= kKeptBytes) {
-      const std::lock_guard<std::mutex> lock(kept().mutex);
-      if (block_.bytes > kept().block.bytes) std::swap(block_, kept().block);
-    }
-    std::free(block_.data);
+    const int64_t bytes = block_->bytes;  // once it is kept, another thread may have it
+    Block* spare = bytes > kKeptBytes ? block_ : kept().exchange(block_);
+    if (spare != block_ && spare != nullptr && spare->bytes > bytes) spare = kept().exchange(spare);
+    drop(spare);
   }
-  void* data() const { return block_.data; }
+  void* data() const { return block_->data; }
 
  private:
   struct Block {
-    void* data = nullptr;
-    int64_t bytes = 0;
+    void* data;
+    int64_t bytes;
   };
-  struct Kept {
-    std::mutex mutex;
-    Block block;
-  };
-  static Kept& kept() {
-    static Kept* one = new Kept;  // outlives every thread that might still launch at exit
-    return *one;
+  static void drop(Block* block) {
+    if (block == nullptr) return;
+    std::free(block->data);
+    delete block;
   }
-  Block block_;
+  // Without a lock, so that a process that forks during a launch harms nobody.
+  static std::atomic<Block*>& kept() {
+    static std::atomic<Block*> one{nullptr};
+    return one;
+  }
+  Block* block_;
 };
 
 class ThreadBuffer {
