@@ -128,8 +128,16 @@ def _exported(q: Any, k: Any, v: Any, spec: AttentionSpec) -> Handle:
     return Handle(spec, program, dispatch.bound_tensors(program, captures), d, dv)
 
 
-def _handle(q: Any, k: Any, v: Any, spec: AttentionSpec, isa: str | None = None) -> Handle:
-    """The handle of ``spec`` for these operands; remembered on the spec."""
+def _handle(
+    q: Any,
+    k: Any,
+    v: Any,
+    spec: AttentionSpec,
+    isa: str | None = None,
+    backward: bool | None = None,
+) -> Handle:
+    """The handle of ``spec`` for these operands; remembered on the spec. A new one compiles the
+    gradient at the same time when ``backward``, or (None) when this call will want it."""
     dispatch.check_operands(q, k, v)
     table = spec.__dict__.setdefault("_handles", {})
     key = (q.dtype, q.shape[3], v.shape[3], isa or dispatch.default_isa())
@@ -140,9 +148,9 @@ def _handle(q: Any, k: Any, v: Any, spec: AttentionSpec, isa: str | None = None)
         handle = None
     if handle is None:
         program, tensors = dispatch.resolve(spec, q, k, v, isa)
-        if _grad_enabled() and (
-            dispatch.tensors_require_grad((q, k, v)) or dispatch.tensors_require_grad(tensors)
-        ):
+        if backward is None and _grad_enabled():
+            backward = dispatch.tensors_require_grad((q, k, v, *tensors))
+        if backward:
             program.both()
         handle = table[key] = Handle(spec, program, tensors, q.shape[3], v.shape[3])
     if isa is None:
@@ -167,7 +175,7 @@ def compile(
     """
     if isa is not None:
         dispatch.check_isa(isa)
-    handle = _handle(q, k, v, spec, isa)
+    handle = _handle(q, k, v, spec, isa, backward)
     if backward is None:
         backward = dispatch.tensors_require_grad((q, k, v, *handle.tensors))
     if backward:

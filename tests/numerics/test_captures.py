@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from problems import BF16, F32, HEADS, alibi, gathers, leaf, operand_mods, operands, verify
-from torch import Tensor
 
 import attnengine as ae
 
@@ -71,17 +70,6 @@ def test_same_code_other_tensors() -> None:
     for seed in range(3):
         spec, captures = alibi(seed)
         verify(spec, q, k, v, captures)
-
-
-def test_one_tensor_under_two_names() -> None:
-    """Captured twice, by the score and by the row function: one gradient, the sum of both."""
-    shared = leaf(HEADS, seed=3)
-
-    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return score * shared[h]
-
-    spec = ae.AttentionSpec(score_mod=score_mod, row_func=ae.SoftmaxSink(shared))
-    verify(spec, *operands(F32, B=2), {"shared": shared})
 
 
 def test_some_captured_tensors_without_gradient() -> None:

@@ -85,9 +85,15 @@ def test_patterns(pattern_name: str, dtype: torch.dtype) -> None:
 
 @WIDE
 def test_sink_of_dead_rows(dtype: torch.dtype) -> None:
-    """lse is the sink's own logit, whose gradient is then dlse."""
+    """lse is the sink's own logit, whose gradient is then dlse. The score captures the same tensor:
+    one gradient, the sum of both."""
     spec, captures = sink()
-    spec = ae.AttentionSpec(mask_mod=later_rows, row_func=spec.row_func)
+    shared = captures["sink"]
+    spec = ae.AttentionSpec(
+        score_mod=lambda s, b, h, q, k: s * shared[h],
+        mask_mod=later_rows,
+        row_func=spec.row_func,
+    )
     q, k, v = operands(dtype, B=2, L=LENGTH, S=KEYS)
     verify(spec, q, k, v, captures)
     got = results(spec, q, k, v, captures)
