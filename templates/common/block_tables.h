@@ -13,7 +13,7 @@ constexpr int64_t kTableAlignment = 64;    // bytes
 // The table of one capture, without its memory; rows = 0: none. The axis is the last one long
 // enough. A capture with more elements than the launch has (query, key) pairs is cheaper to read
 // where it is needed: a decode step must not scan a whole dense mask.
-inline BlockTable table_shape(const ae_params& p, int cap) {
+AE_HD inline BlockTable table_shape(const ae_params& p, int cap) {
   const ae_capture& c = p.captures[cap];
   BlockTable t = {nullptr, 0, 0, 0, 0, -1};
   int64_t elements = 1;
@@ -30,26 +30,26 @@ inline BlockTable table_shape(const ae_params& p, int cap) {
   return t;
 }
 
-inline int64_t aligned(int64_t bytes) {
+AE_HD inline int64_t aligned(int64_t bytes) {
   return (bytes + kTableAlignment - 1) / kTableAlignment * kTableAlignment;
 }
-inline int64_t key_bytes(const BlockTable& t, const ae_capture& c) {
+AE_HD inline int64_t key_bytes(const BlockTable& t, const ae_capture& c) {
   return aligned(t.rows * 2 * (t.blocks + t.coarse) * encoding(c.dtype).bytes);
 }
 
 // A unit of work is one coarse block of one row; a chunk is a fixed number of consecutive units.
-inline int64_t units_per_chunk(const BlockTable& t) {
+AE_HD inline int64_t units_per_chunk(const BlockTable& t) {
   const int64_t unit = t.size < kBlock * kFan ? t.size : kBlock * kFan;
   return kChunkElements / unit;
 }
-inline int64_t chunk_count(const BlockTable& t) {
+AE_HD inline int64_t chunk_count(const BlockTable& t) {
   const int64_t per_chunk = units_per_chunk(t);
   return (t.rows * t.coarse + per_chunk - 1) / per_chunk;
 }
 
 template <class Key>
-inline void build_unit(const BlockTable& t, const ae_capture& c, const Encoding& e, int64_t row,
-                       int64_t coarse) {
+AE_HD inline void build_unit(const BlockTable& t, const ae_capture& c, const Encoding& e,
+                             int64_t row, int64_t coarse) {
   int64_t offset = 0;
   for (int64_t d = c.rank - 1, rest = row; d >= 0; --d) {
     if (d == t.axis) continue;
@@ -79,7 +79,7 @@ inline void build_unit(const BlockTable& t, const ae_capture& c, const Encoding&
 }
 
 template <class Key>
-inline void build_chunk(const BlockTable& t, const ae_capture& c, int64_t chunk) {
+AE_HD inline void build_chunk(const BlockTable& t, const ae_capture& c, int64_t chunk) {
   const Encoding e = encoding(c.dtype);
   const int64_t units = t.rows * t.coarse, per_chunk = units_per_chunk(t);
   const int64_t begin = chunk * per_chunk,
@@ -88,7 +88,7 @@ inline void build_chunk(const BlockTable& t, const ae_capture& c, int64_t chunk)
 }
 
 // Task `index` over all chunks of all tables, in capture order.
-inline void build_task(void* arg, int64_t index, int32_t) {
+AE_HD inline void build_task(void* arg, int64_t index, int32_t) {
   const IntervalEnv& env = *static_cast<const IntervalEnv*>(arg);
   for (int i = 0; i < env.capture_count; ++i) {
     const BlockTable& t = env.tables[i];
@@ -113,13 +113,13 @@ inline void build_task(void* arg, int64_t index, int32_t) {
 
 }  // namespace iv
 
-inline bool reads_capture(uint64_t mask_captures, int cap) {
+AE_HD inline bool reads_capture(uint64_t mask_captures, int cap) {
   return cap < 64 && (mask_captures >> cap & 1) != 0;
 }
 
 // Bytes that build_tables needs, a multiple of 64; depends on sizes and strides only.
 // `mask_captures` has bit i set when the mask reads capture i.
-inline int64_t table_bytes(const ae_params& p, uint64_t mask_captures) {
+AE_HD inline int64_t table_bytes(const ae_params& p, uint64_t mask_captures) {
   if (mask_captures == 0) return 0;
   int64_t bytes = iv::aligned(p.capture_count * int64_t(sizeof(BlockTable)));
   for (int i = 0; i < p.capture_count; ++i) {

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/abi.h"
+#include "common/host_device.h"
 
 namespace ae {
 
@@ -14,7 +15,7 @@ struct DiagonalTable {
   int64_t b_stride, h_stride, origin;
 
   // The entry of row q's key 0.
-  int64_t row(int64_t b, int64_t h, int64_t q) const {
+  AE_HD int64_t row(int64_t b, int64_t h, int64_t q) const {
     return b * b_stride + h * h_stride + origin - q;
   }
 };
@@ -23,7 +24,7 @@ struct DiagonalTable {
 struct DiagonalRows {
   int64_t group, pitch, origin;
 
-  int64_t row(int64_t h, int64_t q) const { return h % group * pitch + origin - q; }
+  AE_HD int64_t row(int64_t h, int64_t q) const { return h % group * pitch + origin - q; }
 };
 
 struct Env {

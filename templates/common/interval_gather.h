@@ -36,7 +36,7 @@ struct IntervalEnv {
   int32_t capture_count;
 };
 
-inline IntervalEnv interval_env(const ae_params& p) {
+AE_HD inline IntervalEnv interval_env(const ae_params& p) {
   return {p.captures, p.S, p.L, nullptr, p.capture_count};
 }
 
@@ -47,7 +47,7 @@ constexpr int64_t kFan = 64;           // blocks per coarse block
 constexpr int64_t kMaxVisits = 65536;  // reads of one gather
 
 // The length of an axis in memory: a broadcast axis holds one element.
-inline int64_t extent(const ae_capture& c, int axis) {
+AE_HD inline int64_t extent(const ae_capture& c, int axis) {
   return c.stride[axis] == 0 && c.size[axis] > 0 ? 1 : c.size[axis];
 }
 
@@ -55,8 +55,9 @@ inline int64_t extent(const ae_capture& c, int axis) {
 // Folds elements [first, end) of one row: the coarse blocks inside, the blocks on both sides of
 // them, and the elements at both ends. The last, short block ends where the axis ends.
 template <class Key>
-inline void fold_row(const void* data, int64_t offset, int64_t stride, const BlockTable* table,
-                     int64_t row, int64_t first, int64_t end, const Encoding& e, KeyRange<Key>& r) {
+AE_HD inline void fold_row(const void* data, int64_t offset, int64_t stride,
+                           const BlockTable* table, int64_t row, int64_t first, int64_t end,
+                           const Encoding& e, KeyRange<Key>& r) {
   const auto elements = [&](int64_t begin, int64_t stop) {
     fold_elements<Key>(data, offset + begin * stride, stop - begin, stride, e, r);
   };
@@ -82,7 +83,7 @@ inline void fold_row(const void* data, int64_t offset, int64_t stride, const Blo
 }
 
 template <class Key, int kDtype>
-inline Interval gather_box(const IntervalEnv& env, int cap, const Interval* box, int rank) {
+AE_HD inline Interval gather_box(const IntervalEnv& env, int cap, const Interval* box, int rank) {
   constexpr Encoding e = encoding(kDtype);
   const ae_capture& c = env.cap[cap];
   const BlockTable* table = env.tables == nullptr ? nullptr : env.tables + cap;
@@ -185,7 +186,7 @@ struct Element<bool> {
 };
 
 template <class T, class... I>
-inline Interval gather(const IntervalEnv& env, int cap, I... idx) {
+AE_HD inline Interval gather(const IntervalEnv& env, int cap, I... idx) {
   const Interval box[] = {idx..., Interval{}};
   return gather_box<typename Element<T>::Key, Element<T>::dtype>(env, cap, box, sizeof...(idx));
 }

@@ -16,7 +16,7 @@ struct Encoding {
   int64_t infinity;  // key of +inf; keys outside [~infinity, infinity] are NaN. 0: no float
 };
 
-constexpr Encoding encoding(int dtype) {
+AE_HD constexpr Encoding encoding(int dtype) {
   switch (dtype) {
     case AE_F32:
       return {4, 0x7fffffff, 0, 0x7f800000};
@@ -47,7 +47,7 @@ struct KeyRange {
 };
 
 template <class Key>
-inline void fold_keys(const Key* lo, const Key* hi, int64_t n, KeyRange<Key>& r) {
+AE_HD inline void fold_keys(const Key* lo, const Key* hi, int64_t n, KeyRange<Key>& r) {
   Key least = r.lo, most = r.hi;
   for (int64_t i = 0; i < n; ++i) {
     least = lo[i] < least ? lo[i] : least;
@@ -57,8 +57,8 @@ inline void fold_keys(const Key* lo, const Key* hi, int64_t n, KeyRange<Key>& r)
 }
 
 template <class Key>
-inline void fold_elements(const void* data, int64_t first, int64_t n, int64_t stride,
-                          const Encoding& e, KeyRange<Key>& r) {
+AE_HD inline void fold_elements(const void* data, int64_t first, int64_t n, int64_t stride,
+                                const Encoding& e, KeyRange<Key>& r) {
   typedef Key __attribute__((may_alias)) Element;
   const Element* x = static_cast<const Element*>(data) + first;
   const Key flip = Key(e.flip), bias = Key(e.bias);
@@ -76,7 +76,7 @@ inline void fold_elements(const void* data, int64_t first, int64_t n, int64_t st
   r = {least, most};
 }
 
-inline double f16_value(int32_t bits) {
+AE_HD inline double f16_value(int32_t bits) {
   const int32_t exponent = bits >> 10 & 31, fraction = bits & 1023;
   const double size = exponent == 0 ? __builtin_ldexp(fraction, -24)
                                     : __builtin_ldexp(1024 + fraction, exponent - 25);
@@ -84,7 +84,7 @@ inline double f16_value(int32_t bits) {
 }
 
 // The element of a key that is not NaN.
-inline double key_value(int64_t key, int dtype, const Encoding& e) {
+AE_HD inline double key_value(int64_t key, int dtype, const Encoding& e) {
   const int64_t bits = (key ^ (key < 0 ? e.flip : 0)) ^ e.bias;
   switch (dtype) {
     case AE_F32:
@@ -103,7 +103,7 @@ inline double key_value(int64_t key, int dtype, const Encoding& e) {
 }
 
 // Everything an element can be.
-inline Interval any_element(int dtype, const Encoding& e) {
+AE_HD inline Interval any_element(int dtype, const Encoding& e) {
   if (dtype == AE_BOOL) return unknown();
   if (e.infinity != 0) return top();
   if (e.bytes == 8) return int_top();
@@ -111,7 +111,7 @@ inline Interval any_element(int dtype, const Encoding& e) {
   return dtype == AE_U8 ? range(0, 255) : range(-half, half - 1);
 }
 
-inline Interval key_interval(int64_t lo, int64_t hi, int dtype, const Encoding& e) {
+AE_HD inline Interval key_interval(int64_t lo, int64_t hi, int dtype, const Encoding& e) {
   if (e.infinity != 0) {
     const bool low_nan = lo<~e.infinity, high_nan = hi> e.infinity;
     return {low_nan || lo > e.infinity ? -kInf : key_value(lo, dtype, e),

@@ -19,7 +19,7 @@ struct RunWriter {
   ae_run run = {0, 0, AE_TILE_EMPTY};
 
   // Called for all ranges in order, without gaps.
-  void add(int64_t begin, int64_t end, int32_t tile_class) {
+  AE_HD void add(int64_t begin, int64_t end, int32_t tile_class) {
     if (tile_class == run.tile_class) {
       run.end = int32_t(end);
       return;
@@ -27,21 +27,22 @@ struct RunWriter {
     flush();
     run = {int32_t(begin), int32_t(end), tile_class};
   }
-  void flush() {
+  AE_HD void flush() {
     if (run.tile_class == AE_TILE_EMPTY) return;
     if (count < capacity) out[count] = run;
     ++count;
   }
 };
 
-inline int32_t tile_class(Interval mask) {
+AE_HD inline int32_t tile_class(Interval mask) {
   return iv::is_true(mask) ? AE_TILE_FULL : iv::is_false(mask) ? AE_TILE_EMPTY : AE_TILE_PARTIAL;
 }
 
 // Runs of `tiles` tiles; classify(first, last) gives the mask over tiles first..last inclusive.
 // Ranges are split at powers of two, so that they stay aligned with the block tables.
 template <class Classify>
-inline int64_t segments(int64_t tiles, const Classify& classify, ae_run* out, int64_t capacity) {
+AE_HD inline int64_t segments(int64_t tiles, const Classify& classify, ae_run* out,
+                              int64_t capacity) {
   RunWriter writer{out, capacity};
   struct Range {
     int64_t begin, end;
@@ -65,7 +66,7 @@ inline int64_t segments(int64_t tiles, const Classify& classify, ae_run* out, in
   return writer.count;
 }
 
-inline Interval tile_keys(int64_t first, int64_t last, int64_t S, int block_n) {
+AE_HD inline Interval tile_keys(int64_t first, int64_t last, int64_t S, int block_n) {
   const int64_t end = (last + 1) * block_n;
   return iv::range(double(first * block_n), double((end < S ? end : S) - 1));
 }
@@ -78,7 +79,7 @@ struct Columns {
 // The columns of an undecided tile of `count` keys from `first` on, without the whole panels at
 // either end in which no key is live. classify(keys interval) is the mask over the tile's rows.
 template <class Classify>
-inline Columns live_columns(int64_t first, int count, int panel, const Classify& classify) {
+AE_HD inline Columns live_columns(int64_t first, int count, int panel, const Classify& classify) {
   Columns c{0, count};
   const auto dead = [&](int begin) {
     const int end = begin + panel < count ? begin + panel : count;
@@ -93,8 +94,8 @@ inline Columns live_columns(int64_t first, int count, int panel, const Classify&
 // Runs of key tiles (block_n keys each, ceil(S / block_n) of them) for the rows b, h, q. Returns
 // their number, which never exceeds the number of tiles, and stores the first `capacity`.
 template <class Fn>
-inline int64_t row_segments(const IntervalEnv& env, Interval b, Interval h, Interval q, int64_t S,
-                            int block_n, ae_run* out, int64_t capacity) {
+AE_HD inline int64_t row_segments(const IntervalEnv& env, Interval b, Interval h, Interval q,
+                                  int64_t S, int block_n, ae_run* out, int64_t capacity) {
   return segments((S + block_n - 1) / block_n,
                   [&](int64_t first, int64_t last) {
                     if constexpr (Fn::kHasMask)
@@ -108,8 +109,9 @@ inline int64_t row_segments(const IntervalEnv& env, Interval b, Interval h, Inte
 // Runs of row tiles for the keys k. q_of(first_tile, last_tile) gives the q interval of the row
 // tiles first..last inclusive.
 template <class Fn, class QOf>
-inline int64_t column_segments(const IntervalEnv& env, Interval b, Interval h, Interval k,
-                               int64_t row_tiles, const QOf& q_of, ae_run* out, int64_t capacity) {
+AE_HD inline int64_t column_segments(const IntervalEnv& env, Interval b, Interval h, Interval k,
+                                     int64_t row_tiles, const QOf& q_of, ae_run* out,
+                                     int64_t capacity) {
   return segments(
       row_tiles,
       [&](int64_t first, int64_t last) {
