@@ -71,9 +71,16 @@ struct Instr {
   // Lanes named by this operand must all be here before it runs (shfl.sync, mma.sync, ...); -1:
   // none; -2: all lanes of the warp that have not exited.
   int16_t members = -1;
-  int16_t counter = 0;    // class of instruction, for the counters (counters.h)
-  int32_t line = 0;       // of the PTX text
-  std::string_view text;  // the opcode as written, "add.rn.f32"
+  // Class of instruction (counters.h). decode.cpp sets that of the family first; a decoder that
+  // knows better changes it.
+  int16_t counter = 0;
+  int32_t line = 0;   // of the PTX text
+  int32_t flops = 0;  // of the whole warp, for the counters: matrix instructions set it
+  // What runs it where that is not `exec`, which is then null: branches, calls, returns, exits.
+  enum Control : uint8_t { kNone, kBranch, kBranchIndexed, kCall, kReturn, kExit };
+  Control control = kNone;
+  int32_t file = 0, source_line = 0;  // of the CUDA source (-lineinfo); 0: not known
+  std::string_view text;              // the opcode as written, "add.rn.f32"
 };
 
 // An opcode split at its dots: "ld.global.nc.v4.f32" -> {"ld", "global", "nc", "v4", "f32"}.
@@ -115,20 +122,56 @@ bool decode_barrier(const Opcode&, Instr&);  // bar, barrier, bar.warp
 enum class Space : uint8_t { kGeneric, kGlobal, kShared, kLocal, kParam, kConst };
 enum class Access : uint8_t { kRead, kWrite, kAtomic };
 
+// Asked whenever the warp's turn comes while lanes wait, once per group of lanes that called
+// wait(): may they go on? When it says true it may write the instruction's results (barrier.red).
+using Ready = bool (*)(Warp&, const Instr&, Mask lanes, uint64_t token);
+
+// Lanes of a warp that are at the same instruction. They run the lowest pc first and merge where
+// they meet.
+struct Group {
+  Mask mask = 0;
+  int32_t pc = 0;
+  Ready ready = nullptr;  // set: they wait, having executed the instruction before pc
+  uint64_t token = 0;
+  const Instr* at = nullptr;  // what they wait in: of `ready`, or of lanes that have not arrived
+};
+
 struct Warp {
   Cta* cta = nullptr;
   int index = 0;              // of the thread block's warps
-  uint64_t* slots = nullptr;  // rows of 32
+  uint64_t* slots = nullptr;  // rows of 32; row 0 is scratch
   const uint64_t* constants = nullptr;
-  Mask exited = 0;
+  Mask present = kAll;  // lanes that hold a thread: the last warp of a block may have fewer
+  Mask exited = 0;      // lanes without a thread count as exited
+  std::vector<Group> groups;
 
   uint64_t* row(int32_t r) { return slots + int64_t{r} * kLanes; }
   const uint64_t* in(const Operand& o) const {
     return o.row >= 0 ? slots + int64_t{o.row} * kLanes : constants + int64_t{~o.row} * kLanes;
   }
-  // Where a destination is written; a scratch row for "_".
-  uint64_t* out(const Operand& o);
+  // Where a destination is written; "_" has the scratch row.
+  uint64_t* out(const Operand& o) { return slots + int64_t{o.row} * kLanes; }
+
+  // Called by an instruction's function: the lanes that it runs for wait, the instruction done,
+  // until ready(warp, instr, lanes, token) says true. Other warps, and this warp's other lanes, go
+  // on; if everybody waits, that is a deadlock.
+  void wait(Ready ready, uint64_t token = 0) {
+    waiting = ready;
+    waiting_token = token;
+  }
+  Ready waiting = nullptr;  // taken by the scheduler after each instruction
+  uint64_t waiting_token = 0;
+  bool yields = false;  // set by an instruction: another warp's turn (nanosleep)
 };
+
+// Ends the launch with a report: `kind` and `what`, then who and where: kernel, thread block, warp,
+// lanes, PTX line, opcode, source line (fault.cpp).
+[[noreturn]] void fault(const Warp& warp, const Instr& instr, Mask lanes, const std::string& kind,
+                        const std::string& what);
+// "warp 1, lanes 0-3,8, PTX line 44: bar.sync (kernel.cu:17)"
+std::string place(const Warp& warp, const Instr& instr, Mask lanes);
+// An address of shared memory as the program names it: "'tile' + 128 (shared 0x480)".
+std::string shared_name(const Warp& warp, uint32_t offset);
 
 // Host addresses of `bytes` bytes for each lane of `mask`, checked: in bounds of what the space
 // holds, aligned to `bytes`, written before they are read (shared), free of races (shared).
