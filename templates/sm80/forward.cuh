@@ -1,0 +1,426 @@
+// The forward pass on Ampere and later: cp.async rings of K and V tiles, m16n8k16 products, scores,
+// weights and row states in registers.
+//
+//   for each tile of query rows (one thread block):
+//     Q -> shared memory
+//     for each tile of keys that the mask does not empty, kStages - 1 of them on their way:
+//       S = Q K^T                           each warp its own rows, all keys of the tile
+//       W, state, factor = tile_row(S)      the traced functor, row by row, reduced over 4 lanes
+//       O = O * factor + W V
+//     O * out_factor, statistics
+//
+// A key is dead when it is masked, past the end, or scored -inf: its weight is exactly 0, and
+// nothing stored in K or V there reaches the result (sm80/nonfinite.cuh). A row that meets no live
+// key gives 0 and the statistics of its initial state.
+//
+// The generated unit defines
+//
+//   struct Plan
+//     Elem                      bf16 or f16 operands; sums are fp32
+//     kD, kDv                   head dimensions of Q and K, and of V: any up to 256
+//     kBlockM, kBlockN          rows and keys of a score tile
+//     kWarps, kStages           warps split the rows; tiles of K and V in the ring
+//     kPackGroup                the query heads of a kv head share row tiles
+//     kSharedBytes              the planned total of dynamic shared memory
+//   struct Fn
+//     kStates, kStats, kUserStats, kCaptures, kMaskCaptures (bits), kHasMask, kHasQMod, kHasKMod,
+//     kHasVMod
+//     Row make_row(env, b, h, q)               what does not depend on the key
+//     init(env, row, float* state)
+//     bool tile_row<kPartial>(env, row, scale, float (&s)[kBlockN / 4], float* state, float&
+//     factor,
+//                             kv0, ncols, mask_full, lane)
+//         s[c]: raw dot product with key kv0 + column(c, lane); becomes its weight, 0 for dead
+//         keys. The quad of lanes that share a row, and so the warp, call it together. kPartial =
+//         false: every key exists and is live under the mask. Returns whether the row has a live
+//         key; if not, state is untouched and factor is 1.
+//     finalize(env, row, const float* state, float& out_factor, float* stats)    stats may be null
+//     Interval classify(interval_env, b, h, q, k)                                with kHasMask
+//     float q_mod(env, float), k_mod, v_mod                                      with kHas*Mod
+//
+// and ends with AE_EXPORT_FORWARD(Plan, Fn).
+#pragma once
+#include "common/env.h"
+#include "cuda/capture.cuh"
+#include "cuda/key_tiles.cuh"
+#include "cuda/math.cuh"
+#include "cuda/row_tile.cuh"
+#include "cuda/rows.cuh"
+#include "cuda/tables.cuh"
+#include "sm80/nonfinite.cuh"
+#include "sm80/product.cuh"
+#include "sm80/store.cuh"
+
+namespace ae {
+
+// The dynamic shared memory of a block: Q, then kStages tiles of K, then kStages tiles of V.
+template <class Plan>
+struct ForwardShared {
+  using Q = SharedTile<Plan::kBlockM, Plan::kD>;
+  using K = SharedTile<Plan::kBlockN, Plan::kD>;
+  using V = SharedTile<Plan::kBlockN, Plan::kDv>;
+  static constexpr int kK = Q::kBytes;
+  static constexpr int kV = kK + Plan::kStages * K::kBytes;
+  static constexpr int kBytes = kV + Plan::kStages * V::kBytes;
+};
+
+template <class Plan, class Fn>
+class Forward {
+  using Elem = typename Plan::Elem;
+  using Shared = ForwardShared<Plan>;
+  using QTile = typename Shared::Q;
+  using KTile = typename Shared::K;
+  using VTile = typename Shared::V;
+
+ public:
+  static constexpr int kCaptures = Fn::kCaptures > 0 ? Fn::kCaptures : 1;
+  static constexpr int kThreads = 32 * Plan::kWarps;
+  using Params = KernelParams<kCaptures>;
+
+ private:
+  static constexpr int kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN, kStages = Plan::kStages;
+  static constexpr int kWarpRows = kBlockM / Plan::kWarps;
+  static constexpr int kAtoms = kWarpRows / 16;      // blocks of 16 rows of a warp
+  static constexpr int kRows = 2 * kAtoms;           // rows of a thread
+  static constexpr int kKeys = kBlockN / 4;          // keys of a row and thread
+  static constexpr int kSums = VTile::kChunks * 2;   // output columns of a row and thread
+  static constexpr int kSteps = QTile::kChunks / 2;  // of 16 columns of Q and K
+  static constexpr int kStates = Fn::kStates > 0 ? Fn::kStates : 1;
+  // Q as operands of the products, kept in registers while there are few.
+  static constexpr bool kHoldQ = kSteps * kAtoms <= 8;
+
+  static_assert(Plan::kSharedBytes == Shared::kBytes, "the plan's shared memory total is wrong");
+  static_assert(kBlockM % (16 * Plan::kWarps) == 0, "warps split the rows in blocks of 16");
+  static_assert(kBlockN % 16 == 0 && kStages >= 2, "a tile of keys is whole steps of 16");
+  static_assert(kKeys <= 32, "a thread's keys of a row are the bits of a word");
+
+ public:
+  __device__ __forceinline__ explicit Forward(const Params& params, char* shared)
+      : params_(params),
+        p_(params.p),
+        env_{params.cap, params.p.fault, params.p.S},
+        shared_(shared),
+        lane_(int(threadIdx.x) % 32),
+        warp_row_(int(threadIdx.x) / 32 * kWarpRows) {}
+
+  // Every thread of the block calls it. `out_factors` has kBlockM elements of shared memory.
+  __device__ __forceinline__ void run(float* out_factors) {
+    out_factors_ = out_factors;
+    start();
+#pragma unroll 1
+    for (Mode mode = kFinite;;) {
+      pass(mode);
+      if (mode == kAdd) break;
+      if (mode == kFinite && sums_nonfinite()) {
+        mode = kClear;
+        continue;
+      }
+      store();
+      if (mode == kFinite) break;
+      mode = kAdd;
+    }
+  }
+
+ private:
+  // What a pass over the keys does about Inf and NaN in V (sm80/nonfinite.cuh).
+  enum Mode { kFinite, kClear, kAdd };
+
+  const Params& params_;
+  const ae_params& p_;
+  const Env env_;
+  char* const shared_;
+  const int lane_, warp_row_;
+  GlobalRows k_, v_;
+
+  typename Fn::Row rows_[kRows];
+  float state_[kRows][kStates];
+  float o_[kRows][kSums];
+  uint32_t alive_;  // bit r: row r has met a live key
+  float* out_factors_;
+
+  __device__ __forceinline__ RowTile row_tile() const {
+    return RowTile::of_block<kBlockM, Plan::kPackGroup>(p_);
+  }
+
+  // The number of the thread's row r in the block.
+  __device__ __forceinline__ int row_of(int r) const {
+    return warp_row_ + r / 2 * 16 + r % 2 * 8 + lane_ / 4;
+  }
+
+  // ---- filling shared memory ----
+  // What a mod makes of an element, rounded to the operands' type.
+  template <class F>
+  struct Mod {
+    static constexpr bool kIdentity = false;
+    F f;
+    __device__ __forceinline__ uint16_t operator()(uint16_t x) const {
+      return narrow<Elem>(f(widen<Elem>(x)));
+    }
+  };
+  template <class F>
+  __device__ static __forceinline__ Mod<F> mod(F f) {
+    return {f};
+  }
+
+  // Starts copying Q, and computes what the row function needs of each row.
+  __device__ __forceinline__ void start() {
+    const RowTile tile = row_tile();
+    const auto rows_of = [&](const void* data, const int64_t* stride) {
+      return GlobalRows{
+          static_cast<const uint16_t*>(data) + tile.b * stride[0] + tile.kv_head * stride[1],
+          stride[2], stride[3]};
+    };
+    k_ = rows_of(p_.k, p_.k_stride);
+    v_ = rows_of(p_.v, p_.v_stride);
+    const int64_t* s = p_.q_stride;
+    const uint16_t* base = static_cast<const uint16_t*>(p_.q) + tile.b * s[0];
+    const bool vectors = GlobalRows{base, s[2], s[3]}.aligned() && s[1] % kChunkElements == 0;
+    const auto row = [&](int i) { return base + tile.h(i) * s[1] + tile.q(i) * s[2]; };
+    if constexpr (Fn::kHasQMod) {
+      fill<QTile, Elem, kThreads>(shared_, tile.count, s[3], vectors, row,
+                                  mod([&](float x) { return Fn::q_mod(env_, x); }));
+    } else {
+      fill<QTile, Elem, kThreads>(shared_, tile.count, s[3], vectors, row, NoMod{});
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int i = row_of(r) < tile.count ? row_of(r) : tile.count - 1;
+      rows_[r] = Fn::make_row(env_, tile.b, tile.h(i), tile.q(i));
+    }
+  }
+
+  __device__ __forceinline__ int keys_in(int tile) const {
+    const int64_t left = p_.S - int64_t(tile) * kBlockN;
+    return int(left < kBlockN ? left : kBlockN);
+  }
+
+  // Starts copying a tile of K and V into a slot of the ring.
+  __device__ __forceinline__ void fill_slot(int tile, int slot) const {
+    const int count = keys_in(tile);
+    const int64_t first = int64_t(tile) * kBlockN;
+    char* k = shared_ + Shared::kK + slot * KTile::kBytes;
+    char* v = shared_ + Shared::kV + slot * VTile::kBytes;
+    const uint16_t *k_first = k_.row(first), *v_first = v_.row(first);
+    const auto k_row = [&](int i) { return k_first + i * k_.row_stride; };
+    const auto v_row = [&](int i) { return v_first + i * v_.row_stride; };
+    if constexpr (Fn::kHasKMod) {
+      fill<KTile, Elem, kThreads>(k, count, k_.column_stride, k_.aligned(), k_row,
+                                  mod([&](float x) { return Fn::k_mod(env_, x); }));
+    } else {
+      fill<KTile, Elem, kThreads>(k, count, k_.column_stride, k_.aligned(), k_row, NoMod{});
+    }
+    if constexpr (Fn::kHasVMod) {
+      fill<VTile, Elem, kThreads>(v, count, v_.column_stride, v_.aligned(), v_row,
+                                  mod([&](float x) { return Fn::v_mod(env_, x); }));
+    } else {
+      fill<VTile, Elem, kThreads>(v, count, v_.column_stride, v_.aligned(), v_row, NoMod{});
+    }
+  }
+
+  // ---- one pass over the keys ----
+  __device__ __forceinline__ void pass(Mode mode) {
+    KeyTiles<Plan, Fn> tiles(params_, lane_);
+    KeyTile ahead[kStages - 1];  // the tiles in the ring, the next one first
+#pragma unroll
+    for (int i = 0; i < kStages - 1; ++i) {
+      ahead[i] = tiles.next();
+      if (ahead[i].index >= 0) fill_slot(ahead[i].index, i);
+      cute::cp_async_fence();
+    }
+    alive_ = 0;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      Fn::init(env_, rows_[r], state_[r]);
+#pragma unroll
+      for (int c = 0; c < kSums; ++c) o_[r][c] = 0;
+    }
+    uint32_t q[kSteps][kAtoms][4];
+    bool q_loaded = false;
+    int slot = 0;
+#pragma unroll 1
+    while (ahead[0].index >= 0) {
+      cute::cp_async_wait<kStages - 2>();
+      __syncthreads();  // this slot is full, and nobody reads the one that is filled next
+      const KeyTile next = tiles.next();
+      if (next.index >= 0) {
+        fill_slot(next.index, slot == 0 ? kStages - 1 : slot - 1);
+      }
+      cute::cp_async_fence();
+      if constexpr (kHoldQ) {
+        if (!q_loaded) {
+#pragma unroll
+          for (int step = 0; step < kSteps; ++step) load_q(step, q[step]);
+          q_loaded = true;
+        }
+      }
+      attend(ahead[0], slot, mode, q);
+#pragma unroll
+      for (int i = 0; i + 1 < kStages - 1; ++i) ahead[i] = ahead[i + 1];
+      ahead[kStages - 2] = next;
+      slot = slot + 1 == kStages ? 0 : slot + 1;
+    }
+    cute::cp_async_wait<0>();
+  }
+
+  __device__ __forceinline__ void load_q(int step, uint32_t (&a)[kAtoms][4]) const {
+    const auto reader = read_a<QTile>(shared_, warp_row_, lane_);
+#pragma unroll
+    for (int m = 0; m < kAtoms; ++m) reader.load(16 * m, 2 * step, a[m]);
+  }
+
+  __device__ __forceinline__ void attend(KeyTile tile, int slot, Mode mode,
+                                         uint32_t (&q)[kSteps][kAtoms][4]) {
+    char* k = shared_ + Shared::kK + slot * KTile::kBytes;
+    char* v = shared_ + Shared::kV + slot * VTile::kBytes;
+    float s[kRows][kKeys] = {};
+    const auto k_reader = read_b<KTile>(k, lane_);
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      if constexpr (!kHoldQ) load_q(step, q[0]);
+      uint32_t (&a)[kAtoms][4] = q[kHoldQ ? step : 0];
+#pragma unroll
+      for (int pair = 0; pair < kBlockN / 16; ++pair) {
+        uint32_t b[4];
+        k_reader.load(16 * pair, 2 * step, b);
+#pragma unroll
+        for (int m = 0; m < kAtoms; ++m) {
+          multiply_add<Elem>(s[2 * m], s[2 * m + 1], 2 * pair, a[m], b[0], b[1]);
+          multiply_add<Elem>(s[2 * m], s[2 * m + 1], 2 * pair + 1, a[m], b[2], b[3]);
+        }
+      }
+    }
+
+    const int count = keys_in(tile.index);
+    if (tile.full && count == kBlockN) {
+      weigh<false>(tile, count, s);
+    } else {
+      weigh<true>(tile, count, s);
+    }
+    uint32_t w[kBlockN / 16][kAtoms][4];  // the weights as A operands
+#pragma unroll
+    for (int step = 0; step < kBlockN / 16; ++step) {
+#pragma unroll
+      for (int m = 0; m < kAtoms; ++m) {
+        const float (&upper)[kKeys] = s[2 * m], (&lower)[kKeys] = s[2 * m + 1];
+        w[step][m][0] = pack2<Elem>(upper[4 * step], upper[4 * step + 1]);
+        w[step][m][1] = pack2<Elem>(lower[4 * step], lower[4 * step + 1]);
+        w[step][m][2] = pack2<Elem>(upper[4 * step + 2], upper[4 * step + 3]);
+        w[step][m][3] = pack2<Elem>(lower[4 * step + 2], lower[4 * step + 3]);
+      }
+    }
+    if (mode == kAdd) {
+      if (any_nonfinite<VTile, Elem, kThreads>(v)) add_nonfinite(k, v, w);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+        for (int c = 0; c < kSums; ++c) o_[r][c] = 0;  // no longer needed: costs no registers here
+      }
+      return;
+    }
+    if (mode == kClear) {
+      clear_nonfinite<VTile, Elem, kThreads>(v);
+      __syncthreads();
+    }
+
+    const auto v_reader = read_b_transposed<VTile>(v, lane_);
+#pragma unroll
+    for (int step = 0; step < kBlockN / 16; ++step) {
+#pragma unroll
+      for (int pair = 0; pair < VTile::kChunks / 2; ++pair) {
+        uint32_t b[4];
+        v_reader.load_transposed(16 * step, 2 * pair, b);
+#pragma unroll
+        for (int m = 0; m < kAtoms; ++m) {
+          multiply_add<Elem>(o_[2 * m], o_[2 * m + 1], 2 * pair, w[step][m], b[0], b[1]);
+          multiply_add<Elem>(o_[2 * m], o_[2 * m + 1], 2 * pair + 1, w[step][m], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  // Scores to weights, row by row; sums so far are scaled by each row's factor.
+  template <bool kPartial>
+  __device__ __forceinline__ void weigh(KeyTile tile, int count, float (&s)[kRows][kKeys]) {
+    const float scale = float(p_.scale);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      float factor = 1;
+      const bool live =
+          Fn::template tile_row<kPartial>(env_, rows_[r], scale, s[r], state_[r], factor,
+                                          tile.index * kBlockN, count, tile.full, lane_);
+      alive_ |= uint32_t(live) << r;
+#pragma unroll
+      for (int c = 0; c < kSums; ++c) o_[r][c] *= factor;
+    }
+  }
+
+  // Whether any sum of the block is Inf or NaN: the same answer in every thread.
+  __device__ __forceinline__ bool sums_nonfinite() const {
+    bool found = false;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int c = 0; c < kSums; ++c) found |= !(fabsf(o_[r][c]) <= 3.402823466e38f);
+    }
+    return __syncthreads_or(found) != 0;
+  }
+
+  // ---- results ----
+  __device__ __forceinline__ void store() {
+    const RowTile tile = row_tile();
+    const int64_t* s = p_.out_stride;
+    uint16_t* base = static_cast<uint16_t*>(p_.out) + tile.b * s[0];
+    const bool vectors = GlobalRows{base, s[2], s[3]}.aligned() && s[1] % kChunkElements == 0;
+    const int64_t plane = p_.B * p_.Hq * p_.L;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const bool exists = row_of(r) < tile.count;
+      const int i = exists ? row_of(r) : tile.count - 1;
+      const int q = tile.q(i), h = tile.h(i);
+      float stats[Fn::kStats > 0 ? Fn::kStats : 1];
+      float factor = 1;
+      Fn::finalize(env_, rows_[r], state_[r], factor, stats);
+      out_factors_[row_of(r)] = factor;
+      const bool alive = (alive_ >> r & 1) != 0;
+#pragma unroll
+      for (int c = 0; c < kSums; ++c) o_[r][c] = alive ? o_[r][c] * factor : 0.0f;
+      store_row<Elem, Plan::kDv>(base + h * s[1] + q * s[2], s[3], vectors, exists, o_[r], lane_);
+      if (p_.stats != nullptr && exists && lane_ % 4 == 0) {
+        float* to = static_cast<float*>(p_.stats) + (tile.b * p_.Hq + h) * p_.L + q;
+#pragma unroll
+        for (int n = 0; n < Fn::kStats; ++n) to[n * plane] = stats[n];
+      }
+    }
+  }
+
+  // Adds what Inf and NaN in a tile of V give to outputs that have been stored.
+  template <int kKeySteps>
+  __device__ __forceinline__ void add_nonfinite(char* k, char* v,
+                                                const uint32_t (&w)[kKeySteps][kAtoms][4]) {
+    const RowTile tile = row_tile();
+    const int64_t* s = p_.out_stride;
+    const auto add = [&](int row, int column, float x) {
+      if (row >= tile.count || column >= Plan::kDv) return;
+      uint16_t* out = static_cast<uint16_t*>(p_.out) + tile.b * s[0] + tile.h(row) * s[1] +
+                      tile.q(row) * s[2] + column * s[3];
+      *out = narrow<Elem>(widen<Elem>(*out) + x * out_factors_[row]);
+    };
+    each_nonfinite<VTile, Elem, kBlockM, kThreads, KTile::kBytes>(
+        v, k, w, [&](int r) { return row_of(r); }, add, lane_);
+  }
+};
+
+}  // namespace ae
+
+// ae_tables fills the block tables of the mask; the launcher calls it where there are any.
+#define AE_EXPORT_FORWARD(Plan, Fn)                                              \
+  extern "C" __global__ void __launch_bounds__(ae::kTableThreads)                \
+      ae_tables(const __grid_constant__ ae::Forward<Plan, Fn>::Params params) {  \
+    if constexpr (Fn::kMaskCaptures != 0) ae::build_tables_device(params);       \
+  }                                                                              \
+  extern "C" __global__ void __launch_bounds__(ae::Forward<Plan, Fn>::kThreads)  \
+      ae_forward(const __grid_constant__ ae::Forward<Plan, Fn>::Params params) { \
+    extern __shared__ __align__(128) char ae_shared[];                           \
+    __shared__ float out_factors[Plan::kBlockM];                                 \
+    ae::Forward<Plan, Fn>(params, ae_shared).run(out_factors);                   \
+  }
