@@ -86,8 +86,9 @@ class Forward {
   static constexpr int kSums = VTile::kChunks * 2;   // output columns of a row and thread
   static constexpr int kSteps = QTile::kChunks / 2;  // of 16 columns of Q and K
   static constexpr int kStates = Fn::kStates > 0 ? Fn::kStates : 1;
-  // Q as operands of the products, kept in registers while there are few.
-  static constexpr bool kHoldQ = kSteps * kAtoms <= 8;
+  // Q as operands of the products stays in registers where there is room beside scores and sums.
+  static constexpr bool kHoldQ =
+      kSteps * kAtoms <= 8 && 4 * kSteps * kAtoms + kRows * (kSums + kKeys) <= 176;
 
   static_assert(Plan::kSharedBytes == Shared::kBytes, "the plan's shared memory total is wrong");
   static_assert(kBlockM % (16 * Plan::kWarps) == 0, "warps split the rows in blocks of 16");
