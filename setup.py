@@ -93,7 +93,14 @@ setup(
     ext_modules=[
         CppExtension(
             f"attnengine.{OPS_LIBRARY}",
-            ["csrc/ops.cpp", "csrc/registry.cpp", "csrc/host_api.cpp"],
+            [
+                "csrc/ops.cpp",
+                "csrc/registry.cpp",
+                "csrc/host_api.cpp",
+                "csrc/driver_table.cpp",
+                "csrc/cuda_module.cpp",
+                "csrc/cuda_launch.cpp",
+            ],
             include_dirs=list(INCLUDE),
             depends=DEPENDS,
             extra_compile_args={"cxx": [*FLAGS, TORCH_TARGET]},

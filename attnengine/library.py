@@ -5,11 +5,12 @@ Importing this module registers ``torch.ops.attnengine.forward`` and ``.backward
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.metadata
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,12 +55,29 @@ host: Any = _load()
 
 
 @dataclass(frozen=True)
+class CudaLaunch:
+    """How a CUDA kernel is launched: ``threads`` and ``shared_bytes`` of dynamic shared memory per
+    thread block, tiles of ``block_m`` rows and ``block_n`` keys; with ``pack_group`` the query
+    heads of one key head share a tile of rows; bit i of ``mask_captures`` says that the mask reads
+    captured tensor i.
+    """
+
+    threads: int
+    shared_bytes: int
+    block_m: int
+    block_n: int
+    pack_group: bool
+    mask_captures: int
+
+
+@dataclass(frozen=True)
 class KernelInfo:
     """What a loaded kernel module says of itself.
 
     ``user_stats`` of its ``stats`` saved row statistics are meant for the caller; bit i of
     ``grad_mask`` says that a backward kernel produces the gradient of captured tensor i;
-    ``captures`` is the (rank, dtype) of each captured tensor, empty when load_kernel was not told.
+    ``captures`` is the (rank, dtype) of each captured tensor, empty when load_kernel was not told;
+    ``isa`` is the instruction set, which of a CUDA kernel is its target, as sm_80.
     """
 
     kind: str
@@ -74,6 +92,7 @@ class KernelInfo:
     key: str
     path: str
     captures: tuple[tuple[int, torch.dtype], ...]
+    cuda: CudaLaunch | None = None
 
 
 def load_kernel(
@@ -90,12 +109,94 @@ def load_kernel(
     return host.load_kernel(os.path.abspath(path), signature)
 
 
+# Names of element types in kernel keys and manifests.
+_ELEMENTS = {
+    "f32": torch.float32,
+    "f64": torch.float64,
+    "bf16": torch.bfloat16,
+    "f16": torch.float16,
+}
+_CUDA_FIELDS = (
+    *("head_dim", "value_dim", "capture_count", "user_stats", "stats", "mask_captures"),
+    *("block_m", "block_n", "pack_group", "threads", "shared_bytes"),
+)
+
+
+def load_cuda_kernel(
+    ptx: str | os.PathLike[str],
+    cubin: str | os.PathLike[str] | None,
+    manifest: Mapping[str, Any],
+    captures: Iterable[tuple[int, torch.dtype]] | None = None,
+) -> int:
+    """Load a CUDA kernel's PTX and cubin; returns its id, the same for the same PTX path.
+
+    ``manifest`` is what the build wrote to cuda.json; ``captures`` as in load_kernel. The caller
+    has verified the files. No GPU is needed: a device's driver takes an image at the first call on
+    the device, the cubin where it fits and else the PTX. Raises ValueError when the manifest lacks
+    something, RuntimeError when a file cannot be read.
+    """
+    path = os.path.abspath(ptx)
+    try:
+        numbers = {name: int(manifest[name]) for name in _CUDA_FIELDS}
+        kind, key, target = manifest["kind"], str(manifest["key"]), str(manifest["target"])
+        element = manifest["dtype"]
+    except KeyError as error:
+        raise ValueError(
+            f"{path}: its manifest has no {error}; clear the cache with: attnengine cache clear"
+        ) from None
+    if kind != "forward":
+        raise ValueError(f"{path}: its manifest says kind={kind!r}; CUDA kernels are 'forward'")
+    if element not in _ELEMENTS:
+        raise ValueError(
+            f"{path}: its manifest says dtype={element!r}; expected {', '.join(_ELEMENTS)}"
+        )
+    digits = target.removeprefix("sm_").rstrip("af")
+    if not target.startswith("sm_") or not digits.isdecimal():
+        raise ValueError(f"{path}: its manifest says target={target!r}; expected sm_80 or alike")
+    numbers |= {"dtype": DTYPE_CODES[_ELEMENTS[element]], "target": int(digits)}
+    signature = None if captures is None else [(r, DTYPE_CODES[t]) for r, t in captures]
+    images = path, "" if cubin is None else os.path.abspath(cubin)
+    return host.load_cuda_kernel(*images, key, numbers, signature)
+
+
+def install_driver(path: str | os.PathLike[str] | None, symbol: str = "ptxsim_driver") -> None:
+    """Use the driver table of the shared object at ``path`` in place of this machine's.
+
+    ``symbol`` is the function that returns it. A table named "simulator" runs CUDA kernels on CPU
+    tensors. None takes the installed table out again. Raises OSError when the file cannot be
+    loaded, RuntimeError when it has no such function or was built for another version.
+    """
+    if path is None:
+        host.install_driver(0)
+        return
+    loaded = ctypes.CDLL(os.path.abspath(path))
+    try:
+        getter = getattr(loaded, symbol)
+    except AttributeError:
+        raise RuntimeError(f"{path} has no function {symbol}: it is no driver") from None
+    getter.restype = ctypes.c_void_p
+    host.install_driver(getter())
+
+
+def driver_name() -> str:
+    """What runs CUDA kernels: "simulator" when one is installed, "cuda" with a CUDA driver, else
+    "none"."""
+    return host.driver_name()
+
+
+def device_capability(index: int) -> int:
+    """Compute capability of CUDA device ``index``: 80 is 8.0. Raises RuntimeError without one."""
+    return host.device_capability(index)
+
+
 @functools.cache
 def kernel_info(kernel: int) -> KernelInfo:
     """The description of a loaded kernel. Raises ValueError when no kernel has this id."""
     info = host.kernel_info(kernel)
     captures = tuple((rank, DTYPES[code]) for rank, code in info["captures"])
-    return KernelInfo(**{**info, "dtype": DTYPES[info["dtype"]], "captures": captures})
+    cuda = None if info["cuda"] is None else CudaLaunch(**info["cuda"])
+    known = {**info, "dtype": DTYPES[info["dtype"]], "captures": captures, "cuda": cuda}
+    return KernelInfo(**known)
 
 
 def classify(

@@ -150,7 +150,7 @@ def _empty_like_layout(like: Tensor, size: Sequence[Any], dtype: torch.dtype) ->
 def _operands_agree(q: Tensor, k: Tensor, v: Tensor) -> bool:
     if not q.dim() == k.dim() == v.dim() == 4 or not q.dtype == k.dtype == v.dtype:
         return False
-    if not q.device == k.device == v.device or q.device.type not in ("cpu", "meta"):
+    if not q.device == k.device == v.device or q.device.type not in ("cpu", "cuda", "meta"):
         return False
     batches = all(x.shape[0] == q.shape[0] or x.shape[0] == 1 for x in (k, v))
     lengths = k.shape[1] == v.shape[1] and k.shape[2] == v.shape[2] and q.shape[3] == k.shape[3]
@@ -179,11 +179,19 @@ def _refuse(kernel: int, q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Ten
     )
 
 
+def _has_place(info: library.KernelInfo, q: Tensor) -> bool:
+    """Whether the kernel runs where q is: a CUDA kernel runs on CPU tensors in a simulator."""
+    if q.device.type == "meta" or (q.device.type == "cuda") == (info.cuda is not None):
+        return True
+    return q.device.type == "cpu" and library.driver_name() == "simulator"
+
+
 def _check(kernel: int, q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor]) -> None:
     """The operator's own checks. Sizes may be symbolic: only a failure asks for their values."""
     info = library.kernel_info(kernel)
     fits = (
         _operands_agree(q, k, v)
+        and _has_place(info, q)
         and q.dtype == info.dtype
         and q.shape[3] == info.D
         and v.shape[3] == info.Dv

@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <map>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -54,26 +55,80 @@ const ae_host_api& api() {
   return *found;
 }
 
-int32_t load_kernel(const std::string& path,
-                    const std::optional<std::vector<std::pair<int32_t, int32_t>>>& captures) {
-  std::vector<int32_t> ranks(1), dtypes(1);  // never empty: a null pointer means "not declared"
-  if (captures) {
-    ranks.clear();
-    dtypes.clear();
-    for (const auto& [rank, dtype] : *captures) {
-      ranks.push_back(rank);
-      dtypes.push_back(dtype);
+// Rank and dtype code of each captured tensor; nothing: not declared.
+using SignatureArg = std::optional<std::vector<std::pair<int32_t, int32_t>>>;
+
+class Signature {
+ public:
+  explicit Signature(const SignatureArg& captures) : declared_(captures.has_value()) {
+    if (captures) {
+      for (const auto& [rank, dtype] : *captures) {
+        ranks_.push_back(rank);
+        dtypes_.push_back(dtype);
+      }
     }
-    ranks.push_back(0);
+    count_ = static_cast<int32_t>(ranks_.size());
+    ranks_.push_back(0);  // never empty: a null pointer means "not declared"
   }
+  const int32_t* ranks() const { return declared_ ? ranks_.data() : nullptr; }
+  const int32_t* dtypes() const { return dtypes_.data(); }
+  int32_t count() const { return count_; }
+
+ private:
+  bool declared_;
+  std::vector<int32_t> ranks_, dtypes_;
+  int32_t count_;
+};
+
+int32_t load_kernel(const std::string& path, const SignatureArg& captures) {
+  const Signature signature(captures);
   char error[kErrorBytes];
   int32_t id;
   {
     const ae_host_api& table = api();
     const py::gil_scoped_release unlocked;
-    id = table.load_kernel(path.c_str(), captures ? ranks.data() : nullptr, dtypes.data(),
-                           captures ? static_cast<int32_t>(captures->size()) : 0, error,
-                           kErrorBytes);
+    id = table.load_kernel(path.c_str(), signature.ranks(), signature.dtypes(), signature.count(),
+                           error, kErrorBytes);
+  }
+  if (id < 0) throw std::runtime_error(error);
+  return id;
+}
+
+int32_t load_cuda_kernel(const std::string& ptx, const std::string& cubin, const std::string& key,
+                         const std::map<std::string, uint64_t>& manifest,
+                         const SignatureArg& captures) {
+  const auto number = [&](const char* field) {
+    const auto found = manifest.find(field);
+    if (found == manifest.end()) {
+      throw py::value_error("the manifest of " + ptx + " has no field \"" + field + "\"");
+    }
+    return found->second;
+  };
+  const auto small = [&](const char* field) { return static_cast<int32_t>(number(field)); };
+  ae_cuda_info info{};
+  info.info.kind = AE_FORWARD;
+  info.info.dtype = small("dtype");
+  info.info.D = small("head_dim");
+  info.info.Dv = small("value_dim");
+  info.info.capture_count = small("capture_count");
+  info.info.user_stats = small("user_stats");
+  info.info.stats = small("stats");
+  info.info.key = key.c_str();
+  info.target = small("target");
+  info.threads = small("threads");
+  info.shared_bytes = small("shared_bytes");
+  info.block_m = small("block_m");
+  info.block_n = small("block_n");
+  info.pack_group = small("pack_group");
+  info.mask_captures = number("mask_captures");
+  const Signature signature(captures);
+  char error[kErrorBytes];
+  int32_t id;
+  {
+    const ae_host_api& table = api();
+    const py::gil_scoped_release unlocked;
+    id = table.load_cuda_kernel(ptx.c_str(), cubin.c_str(), &info, signature.ranks(),
+                                signature.dtypes(), signature.count(), error, kErrorBytes);
   }
   if (id < 0) throw std::runtime_error(error);
   return id;
@@ -91,7 +146,8 @@ py::dict kernel_info(int64_t id) {
   d["user_stats"] = info->user_stats;
   d["stats"] = info->stats;
   d["grad_mask"] = info->grad_mask;
-  d["isa"] = ae::isa_name(info->isa);
+  const ae_cuda_info* cuda = api().cuda_info(id);
+  d["isa"] = cuda == nullptr ? ae::isa_name(info->isa) : "sm_" + std::to_string(cuda->target);
   d["key"] = info->key;
   d["path"] = api().kernel_path(id);
   py::list captures;
@@ -101,6 +157,17 @@ py::dict kernel_info(int64_t id) {
       captures.append(py::make_tuple(rank, dtype));
   }
   d["captures"] = captures;
+  d["cuda"] = py::none();
+  if (cuda != nullptr) {
+    py::dict launch;
+    launch["threads"] = cuda->threads;
+    launch["shared_bytes"] = cuda->shared_bytes;
+    launch["block_m"] = cuda->block_m;
+    launch["block_n"] = cuda->block_n;
+    launch["pack_group"] = cuda->pack_group != 0;
+    launch["mask_captures"] = cuda->mask_captures;
+    d["cuda"] = launch;
+  }
   return d;
 }
 
@@ -172,6 +239,28 @@ int64_t workspace_bytes(int64_t id, const std::array<int64_t, 5>& sizes, bool sh
   return bytes;
 }
 
+void install_driver(uintptr_t table) {
+  char error[kErrorBytes];
+  if (api().install_driver(reinterpret_cast<const void*>(table), error, kErrorBytes) < 0) {
+    throw std::runtime_error(error);
+  }
+}
+
+std::string driver_name() {
+  char error[kErrorBytes], name[64];
+  if (api().driver_name(name, sizeof(name), error, kErrorBytes) < 0) {
+    throw std::runtime_error(error);
+  }
+  return name;
+}
+
+int32_t device_capability(int32_t index) {
+  char error[kErrorBytes];
+  const int32_t capability = api().device_capability(index, error, kErrorBytes);
+  if (capability < 0) throw std::runtime_error(error);
+  return capability;
+}
+
 ae_host_tensor as_host(const TensorArg& x) {
   const auto& [shape, dtype, device, index] = x;
   return {shape.data(), static_cast<int64_t>(shape.size()), dtype, device, index};
@@ -199,6 +288,10 @@ PYBIND11_MODULE(_host, m) {
   m.def("load_kernel", &load_kernel, py::arg("path"), py::arg("captures") = py::none(),
         "Load a kernel module; returns its id. captures: (rank, dtype code) of each captured "
         "tensor.");
+  m.def("load_cuda_kernel", &load_cuda_kernel, py::arg("ptx"), py::arg("cubin"), py::arg("key"),
+        py::arg("manifest"), py::arg("captures") = py::none(),
+        "Load a CUDA kernel's images (cubin may be empty); returns its id. manifest: the numbers "
+        "that describe it.");
   m.def("kernel_info", &kernel_info, py::arg("kernel"), "The module's own description, as a dict.");
   m.def("classify", &classify, py::arg("kernel"), py::arg("sizes"), py::arg("captures"),
         py::arg("b"), py::arg("h"),
@@ -212,6 +305,15 @@ PYBIND11_MODULE(_host, m) {
   m.def("check_forward", &check_forward, py::arg("kernel"), py::arg("q"), py::arg("k"),
         py::arg("v"), py::arg("captures"),
         "The operator's argument checks on (shape, dtype code, device code, device index) tuples.");
+  m.def("install_driver", &install_driver, py::arg("table"),
+        "Use the ae_driver table at this address in place of the machine's; 0 removes it.");
+  m.def("driver_name", &driver_name,
+        "'simulator' when one is installed, 'cuda' with a CUDA driver, else 'none'.");
+  m.def("device_capability", &device_capability, py::arg("index"),
+        "Compute capability of a CUDA device: 80 is 8.0.");
+  m.def(
+      "set_sync_debug", [](bool on) { api().set_sync_debug(on ? 1 : 0); }, py::arg("on"),
+      "Wait for every launch on a CUDA device and raise what went wrong in it.");
   m.def(
       "set_poison", [](bool on) { api().set_poison(on ? 1 : 0); }, py::arg("on"),
       "Fill results and scratch with NaN before each launch (for tests).");

@@ -4,12 +4,13 @@
 #include <stdint.h>
 
 #include "common/abi.h"
+#include "cuda_info.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-#define AE_HOST_API_VERSION 3  // bump on any change of ae_host_api
+#define AE_HOST_API_VERSION 4  // bump on any change of ae_host_api
 
 // One tensor argument for the argument checks; `device` is ae::DeviceKind.
 typedef struct ae_host_tensor {
@@ -27,7 +28,12 @@ typedef struct ae_host_api {
   // unknown. Returns the kernel's id.
   int32_t (*load_kernel)(const char* path, const int32_t* ranks, const int32_t* dtypes,
                          int32_t capture_count, char* error, int64_t error_bytes);
+  // The same for a CUDA kernel; `cubin_path` may be empty.
+  int32_t (*load_cuda_kernel)(const char* ptx_path, const char* cubin_path,
+                              const ae_cuda_info* info, const int32_t* ranks, const int32_t* dtypes,
+                              int32_t capture_count, char* error, int64_t error_bytes);
   const ae_module_info* (*kernel_info)(int64_t id);  // null: no such kernel
+  const ae_cuda_info* (*cuda_info)(int64_t id);      // null: no such kernel, or one for the CPU
   const char* (*kernel_path)(int64_t id);
   // Rank and ae_dtype that captured tensor `index` was declared with; 0 when nothing was declared.
   int32_t (*kernel_capture)(int64_t id, int32_t index, int32_t* rank, int32_t* dtype);
@@ -40,6 +46,13 @@ typedef struct ae_host_api {
   int32_t (*check_forward)(int64_t id, const ae_host_tensor* qkv, const ae_host_tensor* captures,
                            int32_t capture_count, char* error, int64_t error_bytes);
   int32_t (*cpu_isa)(void);
+  // `table` is an ae_driver that lives as long as the process; null removes the installed one.
+  int32_t (*install_driver)(const void* table, char* error, int64_t error_bytes);
+  // The table's name ("none" without a driver), written to `name`.
+  int32_t (*driver_name)(char* name, int64_t name_bytes, char* error, int64_t error_bytes);
+  // 80 for compute capability 8.0.
+  int32_t (*device_capability)(int32_t index, char* error, int64_t error_bytes);
+  void (*set_sync_debug)(int32_t on);
   void (*set_poison)(int32_t on);
 } ae_host_api;
 

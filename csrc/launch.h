@@ -133,14 +133,7 @@ inline void launch(const Kernel& kernel, ae_params& p) {
     throw std::runtime_error("attnengine: kernel " + std::string(kernel.info.key) +
                              " failed with status " + std::to_string(status));
   }
-  if (*p.fault != 0) {
-    const int32_t index = *p.fault - 1;
-    const ae_capture& c = p.captures[index];
-    throw std::out_of_range("captures[" + std::to_string(index) + "] of shape " +
-                            shape_text(c.size, c.rank) +
-                            ": an index is out of range for a key that is not masked; clamp the "
-                            "index or mask those keys in mask_mod");
-  }
+  if (*p.fault != 0) raise_fault(*p.fault - 1, p.captures[*p.fault - 1]);
 }
 
 }  // namespace ae

@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "common/abi.h"
+
 namespace ae {
 
 // Strides for a new dense [4-D] tensor of `size` whose first three dimensions lie in memory in the
@@ -41,6 +43,11 @@ inline int64_t element_count(const int64_t* size, int64_t rank) {
   int64_t count = 1;
   for (int64_t d = 0; d < rank; ++d) count *= size[d];
   return count;
+}
+
+constexpr int64_t element_bytes(int32_t dtype) {
+  constexpr int64_t kBytes[] = {4, 8, 2, 2, 8, 4, 2, 1, 1, 1};
+  return kBytes[dtype];
 }
 
 inline bool is_contiguous(const int64_t* size, const int64_t* stride, int64_t rank) {

@@ -33,4 +33,12 @@ inline std::string shape_text(const int64_t* size, int64_t rank) {
   throw std::invalid_argument("NotImplementedError: " + text);
 }
 
+// What the fault word of a launch says, as Python's IndexError.
+[[noreturn]] inline void raise_fault(int32_t index, const ae_capture& c) {
+  throw std::out_of_range("captures[" + std::to_string(index) + "] of shape " +
+                          shape_text(c.size, c.rank) +
+                          ": an index is out of range for a key that is not masked; clamp the "
+                          "index or mask those keys in mask_mod");
+}
+
 }  // namespace ae

@@ -1,12 +1,15 @@
-#include <limits>
 // The operators attnengine::forward and attnengine::backward, registered through torch's stable
 // ABI: one binary serves every torch from 2.11 on. They check their arguments, allocate the results
 // and launch a kernel module; nothing here depends on what the kernel computes.
 #include <torch/csrc/stable/library.h>
 
+#include <limits>
+
+#include "cuda_launch.h"
 #include "host_api.h"
 #include "launch.h"
 #include "reduce.h"
+#include "stream.h"
 
 namespace ae {
 namespace {
@@ -29,7 +32,37 @@ bool take_bool(StableIValue value) {
 
 Tensor allocate_like(const TensorView& like, const int64_t* size, int32_t dtype, int64_t* stride) {
   dense_strides_like(like.stride, size, stride);
-  return allocate(size, stride, 4, dtype);
+  return allocate(size, stride, 4, dtype, Place::of(like));
+}
+
+// Where a CUDA kernel runs, with its functions loaded there: on torch's current stream of q's
+// device, or in the simulator when q is on the CPU.
+struct CudaTarget {
+  ae_cu_stream stream;
+  const CudaFunctions& functions;
+
+  static CudaTarget of(const CudaKernel& kernel, const TensorView& q) {
+    if (q.device != DeviceKind::kCuda) {
+      const ae_driver* driver = simulator();
+      if (driver == nullptr) value_error("the simulator was removed during a call");
+      return {nullptr, kernel.on(*driver, 0, nullptr)};
+    }
+    const ae_driver& driver = cuda_driver();
+    const ae_cu_stream stream = current_stream(q.device_index);
+    return {stream, kernel.on(driver, q.device_index, stream)};
+  }
+};
+
+void launch_on_device(const CudaKernel& kernel, const CudaTarget& target, const ae_params& p,
+                      const TensorView& q) {
+  CudaParams params(p, kernel.info().mask_captures);
+  Tensor workspace;
+  void* memory = nullptr;
+  if (const int64_t bytes = params.workspace_bytes(); bytes > 0) {
+    workspace = allocate_contiguous(&bytes, 1, AE_U8, Place::of(q));
+    memory = workspace.data();
+  }
+  launch_cuda(kernel, target.functions, params, memory, target.stream);
 }
 
 // forward(q, k, v, captures, kernel, scale, stats) -> (out, stats)
@@ -42,8 +75,11 @@ void forward(StableIValue* stack, uint64_t, uint64_t) {
   const ae_module_info& info = kernel.info;
 
   const TensorView qv = view("q", q), kv = view("k", k), vv = view("v", v);
-  check_operands(info, qv, kv, vv);
+  check_operands(kernel, qv, kv, vv);
   Captures captures(kernel, capture_tensors, qv);
+  const bool empty = qv.size[0] == 0 || qv.size[1] == 0 || qv.size[2] == 0;
+  std::optional<CudaTarget> device;  // before memory is taken: it may have to refuse
+  if (kernel.cuda != nullptr && !empty) device.emplace(CudaTarget::of(*kernel.cuda, qv));
 
   ae_params p{};
   int32_t fault = 0;
@@ -53,14 +89,18 @@ void forward(StableIValue* stack, uint64_t, uint64_t) {
   Tensor stats;
   if (want_stats) {
     const int64_t stats_size[4] = {info.stats, p.B, p.Hq, p.L};
-    stats = allocate_contiguous(stats_size, 4, accumulator_dtype(info));
+    stats = allocate_contiguous(stats_size, 4, accumulator_dtype(info), Place::of(qv));
   } else {
     stats = undefined_tensor();
   }
-  if (p.B != 0 && p.Hq != 0 && p.L != 0) {
+  if (!empty) {
     p.out = out.data();
     p.stats = want_stats ? stats.data() : nullptr;
-    launch(kernel, p);
+    if (device) {
+      launch_on_device(*kernel.cuda, *device, p, qv);
+    } else {
+      launch(kernel, p);
+    }
   }
   stack[0] = out.give();
   stack[1] = stats.give();
@@ -173,7 +213,7 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
   const ae_module_info& info = kernel.info;
 
   const TensorView qv = view("q", q), kv = view("k", k), vv = view("v", v);
-  check_operands(info, qv, kv, vv);
+  check_operands(kernel, qv, kv, vv);
   Captures captures(kernel, capture_tensors, qv);
   const TensorView outv = view("out", out), doutv = view("dout", dout);
   check_like_out(info, outv, qv);

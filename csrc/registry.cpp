@@ -66,8 +66,6 @@ std::unique_ptr<Kernel> open_module(const std::string& path) {
     kernel->workspace_bytes = symbol<ae_workspace_fn>(handle, path, "ae_workspace_bytes");
     kernel->launch = symbol<ae_launch_fn>(handle, path, "ae_launch");
     kernel->classify = reinterpret_cast<ae_classify_fn>(dlsym(handle, "ae_classify"));
-    kernel->path = path;
-    kernel->has_signature = false;
     return kernel;
   } catch (...) {
     dlclose(handle);
@@ -75,10 +73,9 @@ std::unique_ptr<Kernel> open_module(const std::string& path) {
   }
 }
 
-}  // namespace
-
-int32_t load_kernel(const std::string& path, const CaptureSignature* captures,
-                    int32_t capture_count) {
+template <class Open>
+int32_t add_kernel(const std::string& path, const CaptureSignature* captures, int32_t capture_count,
+                   Open open) {
   Writer& w = writer();
   const std::lock_guard<std::mutex> lock(w.mutex);
   if (const auto found = w.by_path.find(path); found != w.by_path.end()) return found->second;
@@ -88,7 +85,8 @@ int32_t load_kernel(const std::string& path, const CaptureSignature* captures,
                " kernels are loaded already; a spec that bakes a changing constant into its code "
                "should capture it as a 0-d tensor");
   }
-  std::unique_ptr<Kernel> kernel = open_module(path);
+  std::unique_ptr<Kernel> kernel = open();
+  kernel->path = path;
   if (captures != nullptr) {
     if (capture_count != kernel->info.capture_count) {
       refuse(path, "captures " + std::to_string(kernel->info.capture_count) + " tensors, " +
@@ -101,6 +99,24 @@ int32_t load_kernel(const std::string& path, const CaptureSignature* captures,
   w.by_path.emplace(path, id);
   table[id].store(kernel.release(), std::memory_order_release);
   return id;
+}
+
+}  // namespace
+
+int32_t load_kernel(const std::string& path, const CaptureSignature* captures,
+                    int32_t capture_count) {
+  return add_kernel(path, captures, capture_count, [&] { return open_module(path); });
+}
+
+int32_t load_cuda_kernel(const ae_cuda_info& info, const std::string& ptx_path,
+                         const std::string& cubin_path, const CaptureSignature* captures,
+                         int32_t capture_count) {
+  return add_kernel(ptx_path, captures, capture_count, [&] {
+    auto kernel = std::make_unique<Kernel>();
+    kernel->cuda = std::make_unique<const CudaKernel>(info, ptx_path, cubin_path);
+    kernel->info = kernel->cuda->info().info;
+    return kernel;
+  });
 }
 
 const Kernel* find_kernel(int64_t id) {

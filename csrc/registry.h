@@ -1,10 +1,12 @@
 // Loaded kernel modules, each known by a small integer that stays valid for the process's life.
 #pragma once
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "common/abi.h"
+#include "cuda_module.h"
 
 namespace ae {
 
@@ -17,11 +19,13 @@ struct CaptureSignature {
 
 struct Kernel {
   ae_module_info info;
-  ae_workspace_fn workspace_bytes;
-  ae_launch_fn launch;
-  ae_classify_fn classify;  // null in backward modules
+  // A shared object for the CPU; null in CUDA kernels.
+  ae_workspace_fn workspace_bytes = nullptr;
+  ae_launch_fn launch = nullptr;
+  ae_classify_fn classify = nullptr;       // null in backward modules too
+  std::unique_ptr<const CudaKernel> cuda;  // null in CPU kernels
   std::vector<CaptureSignature> captures;
-  bool has_signature;  // false: loaded without one, captured tensors are not checked against it
+  bool has_signature = false;  // else captured tensors are not checked against it
   std::string path;
 };
 
@@ -30,6 +34,13 @@ struct Kernel {
 // the file is no module of this ABI or needs instructions that this CPU lacks.
 int32_t load_kernel(const std::string& path, const CaptureSignature* captures,
                     int32_t capture_count);
+
+// The same for a CUDA kernel, which is known by the path of its PTX; `cubin_path` may be empty. No
+// GPU is needed. Throws std::runtime_error when a file cannot be read or the description is
+// impossible.
+int32_t load_cuda_kernel(const ae_cuda_info& info, const std::string& ptx_path,
+                         const std::string& cubin_path, const CaptureSignature* captures,
+                         int32_t capture_count);
 
 // Null when no module has this id. Lock-free.
 const Kernel* find_kernel(int64_t id);

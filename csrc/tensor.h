@@ -123,16 +123,24 @@ inline void poison(void* data, int64_t bytes) {
   }
 }
 
-constexpr int64_t element_bytes(int32_t dtype) {
-  constexpr int64_t kBytes[] = {4, 8, 2, 2, 8, 4, 2, 1, 1, 1};
-  return kBytes[dtype];
-}
+// Where a result is allocated: beside an argument.
+struct Place {
+  int32_t type, index;
 
-inline Tensor allocate(const int64_t* size, const int64_t* stride, int64_t rank, int32_t dtype) {
+  static Place cpu() { return {types.cpu, 0}; }
+  static Place of(const TensorView& x) {
+    return x.device == DeviceKind::kCuda ? Place{types.cuda, x.device_index} : cpu();
+  }
+  bool is_cpu() const { return type == types.cpu; }
+};
+
+inline Tensor allocate(const int64_t* size, const int64_t* stride, int64_t rank, int32_t dtype,
+                       Place place) {
   AtenTensorHandle handle;
-  AE_TORCH(
-      aoti_torch_empty_strided(rank, size, stride, types.to_torch[dtype], types.cpu, 0, &handle));
+  AE_TORCH(aoti_torch_empty_strided(rank, size, stride, types.to_torch[dtype], place.type,
+                                    place.index, &handle));
   Tensor tensor(handle);
+  if (!place.is_cpu()) return tensor;
   const int64_t bytes = element_count(size, rank) * element_bytes(dtype);
   if (bytes >= kLargeBufferBytes) advise_large_pages(tensor.data(), bytes);
   if (poison_buffers.load(std::memory_order_relaxed)) [[unlikely]] {
@@ -141,10 +149,11 @@ inline Tensor allocate(const int64_t* size, const int64_t* stride, int64_t rank,
   return tensor;
 }
 
-inline Tensor allocate_contiguous(const int64_t* size, int64_t rank, int32_t dtype) {
+inline Tensor allocate_contiguous(const int64_t* size, int64_t rank, int32_t dtype,
+                                  Place place = Place::cpu()) {
   int64_t stride[AE_MAX_RANK];
   contiguous_strides(size, rank, stride);
-  return allocate(size, stride, rank, dtype);
+  return allocate(size, stride, rank, dtype, place);
 }
 
 // Python's None. Returning it is 0.5 us cheaper than an empty tensor.

@@ -35,9 +35,28 @@ inline void check_device(const TensorView& x, const TensorView& q) {
     value_error(std::string(x.name) + " is on " + x.where() + " but q is on " + q.where() +
                 "; move them to one device with .to()");
   }
-  if (x.device == DeviceKind::kCuda || x.device == DeviceKind::kOther) {
-    not_implemented(std::string(x.name) + " is on " + x.where() +
-                    "; CUDA kernels are not in this version: use CPU tensors (.cpu())");
+}
+
+// CPU kernels run on CPU tensors; CUDA kernels on CUDA tensors, and in a simulator on CPU tensors.
+inline void check_place(const Kernel& kernel, const TensorView& q) {
+  if (q.device == DeviceKind::kOther) {
+    not_implemented("q is on " + q.where() + "; attnengine runs on CPU and CUDA tensors");
+  }
+  if (kernel.cuda == nullptr && q.device == DeviceKind::kCuda) {
+    if (kernel.info.kind == AE_BACKWARD) {
+      not_implemented("q is on " + q.where() +
+                      "; CUDA kernels have no gradient in this version: call the forward pass "
+                      "under torch.no_grad(), or detach q, k and v");
+    }
+    value_error("q is on " + q.where() +
+                " but this kernel was compiled for the CPU; compile one for CUDA tensors with "
+                "attnengine.compile, or use CPU tensors (.cpu())");
+  }
+  if (kernel.cuda != nullptr && q.device == DeviceKind::kCpu && simulator() == nullptr) {
+    value_error("q is on cpu but this kernel was compiled for sm_" +
+                std::to_string(kernel.cuda->info().target) +
+                "; move q, k and v to a CUDA device (.cuda()), or install a simulator with "
+                "attnengine.library.install_driver");
   }
 }
 
@@ -53,19 +72,23 @@ inline void check_dtype(const TensorView& x, int32_t want, const char* why) {
              dtype_name(want) + " (" + why + "); cast it with .to()");
 }
 
-inline void check_operands(const ae_module_info& info, const TensorView& q, const TensorView& k,
+inline void check_operands(const Kernel& kernel, const TensorView& q, const TensorView& k,
                            const TensorView& v) {
+  const ae_module_info& info = kernel.info;
   for (const TensorView* x : {&q, &k, &v}) {
     check_device(*x, q);
     check_rank4(*x, "[B, H, L, D]");
   }
+  check_place(kernel, q);
   if (q.dtype != info.dtype || k.dtype != info.dtype || v.dtype != info.dtype) {
     if (q.dtype == k.dtype && q.dtype == v.dtype) {
       check_dtype(q, info.dtype, "the type this kernel was compiled for");
     }
     type_error(std::string("q, k and v must share one dtype, got ") + dtype_name(q.dtype) + ", " +
                dtype_name(k.dtype) + ", " + dtype_name(v.dtype) +
-               "; supported are float32, float64, bfloat16 and float16: cast with .to()");
+               (kernel.cuda != nullptr ? "; CUDA kernels take bfloat16 and float16"
+                                       : "; supported are float32, float64, bfloat16 and float16") +
+               ": cast with .to()");
   }
   if (k.size[3] != q.size[3]) {
     value_error("k has head_dim " + std::to_string(k.size[3]) + " but q has " +
@@ -174,6 +197,11 @@ inline const Kernel& check_kernel(int64_t id, ae_kind kind) {
     value_error("kernel=" + std::to_string(id) +
                 ": no such kernel is loaded in this process; load it with "
                 "attnengine.library.load_kernel");
+  }
+  if (kernel->cuda != nullptr && kind == AE_BACKWARD) {
+    not_implemented("kernel=" + std::to_string(id) +
+                    ": CUDA kernels have no gradient in this version; call the forward pass under "
+                    "torch.no_grad(), or detach q, k and v");
   }
   if (kernel->info.kind != kind) {
     value_error("kernel=" + std::to_string(id) + " is a " +

@@ -1,0 +1,23 @@
+// What a CUDA kernel's manifest says of it. The PTX itself carries no description.
+#pragma once
+#include <stdint.h>
+
+#include "common/abi.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct ae_cuda_info {
+  ae_module_info info;   // `isa` has no meaning here
+  int32_t target;        // compute capability that it was compiled for: 80 is sm_80
+  int32_t threads;       // per thread block
+  int32_t shared_bytes;  // dynamic shared memory per thread block
+  int32_t block_m, block_n;
+  int32_t pack_group;      // 1: the query heads of one key head share a tile of rows
+  uint64_t mask_captures;  // bit i: the mask reads captured tensor i, so it has a block table
+} ae_cuda_info;
+
+#ifdef __cplusplus
+}
+#endif
