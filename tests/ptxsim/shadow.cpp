@@ -19,55 +19,14 @@ bool is_strong(const Instr& instr) {
          text.starts_with("mmio");
 }
 
-// The stamps of consecutive cells as one vector: one comparison for all.
-typedef int32_t Vector4 __attribute__((vector_size(16)));
-
-template <int Cells>
-bool any_above(const int32_t* cells, int32_t limit) {
-  if constexpr (Cells == 4) {
-    Vector4 v;
-    std::memcpy(&v, cells, 16);
-    v = v > limit;
-    uint64_t half[2];
-    std::memcpy(half, &v, 16);
-    return (half[0] | half[1]) != 0;
-  } else {
-    bool above = false;
-    for (int c = 0; c < Cells; ++c) above |= cells[c] > limit;
-    return above;
-  }
-}
-
-// Some cell is above the limit and of other lanes than `mine`.
-template <int Cells>
-bool any_shared(const int32_t* cells, int32_t limit, int32_t mine) {
-  if constexpr (Cells == 4) {
-    Vector4 v;
-    std::memcpy(&v, cells, 16);
-    v = (v > limit) & (((v ^ mine) & 63) != 0);
-    uint64_t half[2];
-    std::memcpy(half, &v, 16);
-    return (half[0] | half[1]) != 0;
-  } else {
-    bool shared = false;
-    for (int c = 0; c < Cells; ++c) shared |= (cells[c] > limit) & (((cells[c] ^ mine) & 63) != 0);
-    return shared;
-  }
-}
-
-template <int Cells>
-void fill(int32_t* cells, int32_t value) {
-  for (int c = 0; c < Cells; ++c) cells[c] = value;
-}
-
 }  // namespace
 
-void Shadow::Layer::create(size_t count, int warps) {
-  cells = count;
-  write = std::make_unique<Stamp[]>(count);
-  std::fill_n(write.get(), count, kUnwritten);
-  read = std::make_unique<Stamp[]>(count);
-  for (int w = 0; w < warps; ++w) by_warp.push_back(std::make_unique<Stamp[]>(count));
+void Shadow::Layer::create(size_t bytes, int warps) {
+  cells = (bytes + 15) / 16 << (4 - shift);
+  write = std::make_unique<Stamp[]>(cells);
+  std::fill_n(write.get(), cells, kUnwritten);
+  read = std::make_unique<Stamp[]>(cells);
+  for (int w = 0; w < warps; ++w) by_warp.push_back(std::make_unique<Stamp[]>(cells));
 }
 
 Shadow::Shadow(Cta& cta)
@@ -79,7 +38,9 @@ Shadow::Shadow(Cta& cta)
       floor_(warps_, kAncient << 6 | 63),
       barrier_(16, std::vector<int32_t>(warps_, 0)),
       lanes_(warps_) {
-  words_.create((cta.shared_bytes + 3) / 4, warps_);
+  for (int l = kChunks; l <= kBytes; ++l) layers_[l].shift = 4 - 2 * l;
+  layers_[kChunks].create(cta.shared_bytes, warps_);
+  layers_[kWords].create(cta.shared_bytes, warps_);
 }
 
 Shadow::~Shadow() = default;
@@ -105,20 +66,19 @@ void Shadow::read_cells(Layer& layer, Mask mask, Actor& actor, Stamp all_lanes) 
   Stamp *read = layer.read.get(), *mine = layer.by_warp[u].get();
   const uint32_t* offset = actor.offset;
   each_lane(mask, [&](int l) {
-    const size_t cell = offset[l] >> Shift;
     const Stamp stamp = all_lanes != 0 ? first | all_lanes : first | 32 | l;
-    if (any_above<Cells>(write + cell, floor)) [[unlikely]] {
-      actor.lane = l;
-      actor.stamp = stamp;
-      check_cells(layer, cell, Cells, actor);
-      return;
+    for (size_t cell = offset[l] >> Shift, end = cell + Cells; cell < end; ++cell) {
+      // Reads by several lanes since they were last in order are merged.
+      const bool shared = mine[cell] > own && ((mine[cell] ^ stamp) & 63) != 0;
+      if (write[cell] > floor || shared) [[unlikely]] {
+        actor.lane = l;
+        actor.stamp = stamp;
+        check_cell(int(&layer - layers_.data()), cell, actor);
+      } else {
+        mine[cell] = stamp;
+        read[cell] = stamp;
+      }
     }
-    if (any_shared<Cells>(mine + cell, own, stamp)) {
-      for (int c = 0; c < Cells; ++c) mine[cell + c] = merged(mine[cell + c], stamp, u);
-    } else {
-      fill<Cells>(mine + cell, stamp);
-    }
-    fill<Cells>(read + cell, stamp);
   });
 }
 
@@ -130,26 +90,27 @@ void Shadow::write_cells(Layer& layer, Mask mask, Actor& actor, Stamp all_lanes)
   const Stamp* read = layer.read.get();
   const uint32_t* offset = actor.offset;
   each_lane(mask, [&](int l) {
-    const size_t cell = offset[l] >> Shift;
     const Stamp stamp = all_lanes != 0 ? first | all_lanes : first | 32 | l;
-    // A cell that another lane of this instruction wrote is above the floor too.
-    if (any_above<Cells>(write + cell, floor) || any_above<Cells>(read + cell, floor))
-        [[unlikely]] {
-      actor.lane = l;
-      actor.stamp = stamp;
-      check_cells(layer, cell, Cells, actor);
-      return;
+    for (size_t cell = offset[l] >> Shift, end = cell + Cells; cell < end; ++cell) {
+      // A cell that another lane of this instruction wrote is above the floor too.
+      if (write[cell] > floor || read[cell] > floor) [[unlikely]] {
+        actor.lane = l;
+        actor.stamp = stamp;
+        check_cell(int(&layer - layers_.data()), cell, actor);
+      } else {
+        write[cell] = stamp;
+      }
     }
-    fill<Cells>(write + cell, stamp);
   });
 }
 
 template <int Cells, int Shift>
-void Shadow::access_cells(Layer& layer, Mask mask, Actor& actor, Stamp all_lanes) {
+void Shadow::access_cells(int layer, Mask mask, Actor& actor, Stamp all_lanes) {
+  if (layer != kChunks) mask = open(layer, mask, actor);
   if (actor.access == Access::kRead)
-    read_cells<Cells, Shift>(layer, mask, actor, all_lanes);
+    read_cells<Cells, Shift>(layers_[layer], mask, actor, all_lanes);
   else
-    write_cells<Cells, Shift>(layer, mask, actor, all_lanes);
+    write_cells<Cells, Shift>(layers_[layer], mask, actor, all_lanes);
 }
 
 void Shadow::access(Warp& warp, const Instr& instr, Mask mask, const uint32_t* offset, int bytes,
@@ -160,6 +121,7 @@ void Shadow::access(Warp& warp, const Instr& instr, Mask mask, const uint32_t* o
   const Stamp all_lanes =
       instr.text.starts_with("ldmatrix") || instr.text.starts_with("stmatrix") ? 1 : 0;
   if (strong) {
+    open(kWords, mask, actor);
     const Stamp first = actor.stamp;
     each_lane(mask, [&](int l) {
       actor.lane = l;
@@ -171,45 +133,61 @@ void Shadow::access(Warp& warp, const Instr& instr, Mask mask, const uint32_t* o
   }
   switch (bytes) {
     case 16:
-      return access_cells<4, 2>(words_, mask, actor, all_lanes);
+      return access_cells<1, 4>(kChunks, mask, actor, all_lanes);
     case 8:
-      return access_cells<2, 2>(words_, mask, actor, all_lanes);
+      return access_cells<2, 2>(kWords, mask, actor, all_lanes);
     case 4:
-      return access_cells<1, 2>(words_, mask, actor, all_lanes);
+      return access_cells<1, 2>(kWords, mask, actor, all_lanes);
+    case 2:
+      return access_cells<2, 0>(kBytes, mask, actor, all_lanes);
+    case 1:
+      return access_cells<1, 0>(kBytes, mask, actor, all_lanes);
     default:
-      break;
+      throw std::logic_error("an access of " + std::to_string(bytes) + " bytes");
   }
-  Mask narrow = 0;
-  each_lane(mask, [&](int l) {
-    const size_t word = offset[l] / 4;
-    if (words_.write[word] == kStrong) {
-      Actor other = actor;
-      other.lane = l;
-      other.stamp |= 32 | l;
-      check_strong(word, other);
-      return;
-    }
-    if (words_.write[word] != kSplit) split(word);
-    narrow |= Mask{1} << l;
-  });
-  if (bytes == 2)
-    access_cells<2, 0>(bytes_, narrow, actor, all_lanes);
-  else
-    access_cells<1, 0>(bytes_, narrow, actor, all_lanes);
 }
+
+// Makes sure that the cells which the lanes access in a layer are in use. A strong word is dealt
+// with as a whole; returns the lanes whose access remains.
+Mask Shadow::open(int layer, Mask mask, const Actor& actor) {
+  Mask remaining = mask;
+  if (layer == kBytes && layers_[kBytes].cells == 0)
+    layers_[kBytes].create(cta_.shared_bytes, warps_);
+  each_lane(mask, [&](int l) {
+    const uint32_t at = actor.offset[l];
+    if (layers_[kChunks].write[at / 16] != kSplit) split(kChunks, at / 16);
+    if (layer == kWords) return;
+    const Stamp word = layers_[kWords].write[at / 4];
+    if (word == kStrong) {
+      Actor one = actor;
+      one.lane = l;
+      one.stamp |= 32 | l;
+      check_strong(at / 4, one);
+      remaining &= ~(Mask{1} << l);
+    } else if (word != kSplit) {
+      split(kWords, at / 4);
+    }
+  });
+  return remaining;
+}
+
+// The cells of a copy's destination have just been written, so they are not split.
+Shadow::Layer& Shadow::layer_of(int bytes) { return layers_[bytes == 16 ? kChunks : kWords]; }
 
 void Shadow::begin_copy(const Warp& warp, Mask lanes, const uint32_t* offset, int bytes) {
   const Stamp first = last_[warp.index] << 6 | kPending;
+  Layer& layer = layer_of(bytes);
   each_lane(lanes, [&](int l) {
-    std::fill_n(words_.write.get() + offset[l] / 4, bytes / 4, first | 32 | l);
+    std::fill_n(&layer.write[offset[l] >> layer.shift], bytes >> layer.shift, first | 32 | l);
   });
 }
 
 void Shadow::end_copy(const Warp& warp, const Instr& copy, Mask lanes, const uint32_t* offset,
                       int bytes) {
   const Stamp first = next(warp, copy);
+  Layer& layer = layer_of(bytes);
   each_lane(lanes, [&](int l) {
-    std::fill_n(words_.write.get() + offset[l] / 4, bytes / 4, first | 32 | l);
+    std::fill_n(&layer.write[offset[l] >> layer.shift], bytes >> layer.shift, first | 32 | l);
   });
 }
 
@@ -261,11 +239,12 @@ void Shadow::set_floor(int u) {
 void Shadow::forget() {
   Stamp dropped = *std::min_element(floor_.begin(), floor_.end());
   // The place of a copy under way is still wanted.
-  for (size_t w = 0; w < words_.cells; ++w) {
-    const Stamp stamp = words_.write[w];
-    if (stamp < kStrong && (stamp & kPending) != 0)
-      dropped = std::min(dropped, (stamp & ~kPending) - 64);
-  }
+  for (const Layer& layer : layers_)
+    for (size_t c = 0; c < layer.cells; ++c) {
+      const Stamp stamp = layer.write[c];
+      if (stamp < kStrong && (stamp & kPending) != 0)
+        dropped = std::min(dropped, (stamp & ~kPending) - 64);
+    }
   const int32_t shift = (dropped >> 6) - kAncient;
   if (shift < int32_t(done_.size() / 4)) return;
   auto id = [&](int32_t& value) { value = std::max(value - shift, value == 0 ? 0 : kAncient); };
@@ -277,10 +256,10 @@ void Shadow::forget() {
       cells[c] = (std::max((value >> 6) - shift, kAncient) << 6 | (value & 63)) | flag;
     }
   };
-  for (Layer* layer : {&words_, &bytes_}) {
-    stamps(layer->write.get(), layer->cells);
-    stamps(layer->read.get(), layer->cells);
-    for (auto& cells : layer->by_warp) stamps(cells.get(), layer->cells);
+  for (Layer& layer : layers_) {
+    stamps(layer.write.get(), layer.cells);
+    stamps(layer.read.get(), layer.cells);
+    for (auto& cells : layer.by_warp) stamps(cells.get(), layer.cells);
   }
   for (auto& [word, state] : strong_) {
     stamps(state.write.data(), state.write.size());
@@ -298,13 +277,35 @@ void Shadow::forget() {
   done_.erase(done_.begin() + kAncient + 1, done_.begin() + kAncient + 1 + shift);
 }
 
-void Shadow::split(size_t word) {
-  if (bytes_.cells == 0) bytes_.create(words_.cells * 4, warps_);
-  std::fill_n(bytes_.write.get() + word * 4, 4, words_.write[word]);
-  std::fill_n(bytes_.read.get() + word * 4, 4, words_.read[word]);
+void Shadow::split(int layer, size_t cell) {
+  Layer &from = layers_[layer], &to = layers_[layer + 1];
+  auto four = [cell](const std::unique_ptr<Stamp[]>& whole, std::unique_ptr<Stamp[]>& parts) {
+    std::fill_n(&parts[cell * 4], 4, whole[cell]);
+  };
+  four(from.write, to.write);
+  four(from.read, to.read);
+  for (int v = 0; v < warps_; ++v) four(from.by_warp[v], to.by_warp[v]);
+  from.write[cell] = kSplit;
+}
+
+// A cell whose parts no longer differ in what matters is one again.
+void Shadow::join(int layer, size_t cell) {
+  Layer &to = layers_[layer], &from = layers_[layer + 1];
+  const Stamp past = *std::min_element(floor_.begin(), floor_.end());
+  auto alike = [past, cell](const std::unique_ptr<Stamp[]>& parts, Stamp& whole) {
+    const Stamp* part = &parts[cell * 4];
+    whole = std::max(std::max(part[0], part[1]), std::max(part[2], part[3]));
+    return whole <= past || (whole < kPending && part[0] == whole && part[1] == whole &&
+                             part[2] == whole && part[3] == whole);
+  };
+  Stamp write, read, by_warp[kLanes];
+  if (!alike(from.write, write)) return;
   for (int v = 0; v < warps_; ++v)
-    std::fill_n(bytes_.by_warp[v].get() + word * 4, 4, words_.by_warp[v][word]);
-  words_.write[word] = kSplit;
+    if (!alike(from.by_warp[v], by_warp[v])) return;
+  alike(from.read, read);
+  for (int v = 0; v < warps_; ++v) to.by_warp[v][cell] = by_warp[v];
+  to.read[cell] = read;
+  to.write[cell] = write;
 }
 
 }  // namespace ptxsim

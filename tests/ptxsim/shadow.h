@@ -10,6 +10,7 @@
 // nearly every access: all ids up to u's `floor` happen before it. After a barrier of the whole
 // block that is every access before it.
 #pragma once
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -49,7 +50,7 @@ class Shadow {
   static constexpr int kIdBits = 24;
   // Stamps that no floor reaches, so that they leave the fast path.
   static constexpr Stamp kUnwritten = 0x7fffffff;
-  static constexpr Stamp kSplit = 0x7ffffffe;   // a word whose bytes differ: see bytes_
+  static constexpr Stamp kSplit = 0x7ffffffe;   // parts of the cell differ: see the next layer
   static constexpr Stamp kStrong = 0x7ffffffd;  // atomics and strong accesses: see strong_
   static constexpr Stamp kPending = 1 << 30;    // flag: a copy, by this stamp, is on its way
 
@@ -57,14 +58,18 @@ class Shadow {
     const Instr* instr;
     int32_t warp;
   };
-  // Stamps of consecutive cells, which are words or bytes.
+  // Stamps of consecutive cells of 16, 4 and 1 bytes. A cell whose parts are accessed one by one is
+  // split into four of the next layer, and becomes one again when it is written as one, or when
+  // what its parts differ in no longer matters.
   struct Layer {
+    int shift = 0;  // log2 of a cell's bytes
     size_t cells = 0;
     std::unique_ptr<Stamp[]> write;                 // the last write
     std::unique_ptr<Stamp[]> read;                  // the last read by any warp
     std::vector<std::unique_ptr<Stamp[]>> by_warp;  // ... by each warp
-    void create(size_t count, int warps);
+    void create(size_t bytes, int warps);
   };
+  enum { kChunks, kWords, kBytes };
   // Accesses of one word that do not race with each other: atomics, volatile and relaxed ones.
   struct Strong {
     std::vector<Stamp> write, read;  // by warp
@@ -87,21 +92,22 @@ class Shadow {
   template <int Cells, int Shift>
   void write_cells(Layer& layer, Mask mask, Actor& actor, Stamp all_lanes);
   template <int Cells, int Shift>
-  void access_cells(Layer& layer, Mask mask, Actor& actor, Stamp all_lanes);
+  void access_cells(int layer, Mask mask, Actor& actor, Stamp all_lanes);
+  Layer& layer_of(int bytes);
 
   // One cell, exactly (shadow_exact.cpp).
-  void check_cells(Layer& layer, size_t cell, int cells, const Actor& actor);
-  void check_cell(Layer& layer, size_t cell, const Actor& actor);
+  void check_cell(int layer, size_t cell, const Actor& actor);
   void check_write_stamp(Stamp before, uint32_t at, const Actor& actor) const;
   void check_readers(const Layer& layer, size_t cell, uint32_t at, const Actor& actor) const;
   void check_strong(size_t word, const Actor& actor);
   void enter_strong(size_t word, Strong& state, const Actor& actor);
-  bool same_value(uint32_t at, int lane, int other, const Actor& actor) const;
+  bool same_value(uint32_t at, int bytes, int other, const Actor& actor) const;
   void note_read(Layer& layer, size_t cell, const Actor& actor);
-  void split(size_t word);
-  void join(size_t word);
+  Mask open(int layer, Mask mask, const Actor& actor);
+  void split(int layer, size_t cell);
+  void join(int layer, size_t cell);
   bool ordered(Stamp before, const Actor& actor) const;
-  Stamp merged(Stamp before, Stamp now, int warp) const;
+  Stamp merged(Stamp before, const Actor& actor) const;
   [[noreturn]] void race(Stamp before, bool wrote, uint32_t at, const Actor& actor) const;
   std::string place_of(Stamp stamp) const;
 
@@ -113,7 +119,7 @@ class Shadow {
 
   Cta& cta_;
   int warps_;
-  Layer words_, bytes_;  // bytes_ is made when an access is narrower than a word
+  std::array<Layer, 3> layers_;  // the last is made when an access is narrower than a word
   std::unordered_map<size_t, Strong> strong_;
   std::vector<Done> done_;      // by id; id 1 stands for all that forget() dropped
   std::vector<int32_t> known_;  // [warp][other]; [warp][warp]: up to where its lanes are in order

@@ -14,12 +14,7 @@ int depth(int node) { return std::bit_width(unsigned(node)); }
 
 // The smallest group that holds both.
 int common_group(int a, int b) {
-  while (a != b) {
-    if (depth(a) >= depth(b) && a > b)
-      a >>= 1;
-    else
-      b >>= 1;
-  }
+  while (a != b) (a > b ? a : b) >>= 1;
   return a;
 }
 
@@ -35,9 +30,10 @@ const char* verb(Access access) {
 
 }  // namespace
 
-Shadow::Stamp Shadow::merged(Stamp before, Stamp now, int warp) const {
-  if (before >> 6 <= known(warp, warp)) return now;
-  return (now & ~kWho) | common_group(before & kWho, now & kWho);
+// Reads by lanes of one warp that nothing orders are kept as one, by all of them.
+Shadow::Stamp Shadow::merged(Stamp before, const Actor& actor) const {
+  if (ordered(before, actor)) return actor.stamp;
+  return (actor.stamp & ~kWho) | common_group(before & kWho, actor.stamp & kWho);
 }
 
 bool Shadow::ordered(Stamp before, const Actor& actor) const {
@@ -74,7 +70,7 @@ void Shadow::race(Stamp before, bool wrote, uint32_t at, const Actor& actor) con
 }
 
 // The bytes that st has for address `at`: two lanes may write one address with one value.
-bool Shadow::same_value(uint32_t at, int lane, int other, const Actor& actor) const {
+bool Shadow::same_value(uint32_t at, int bytes, int other, const Actor& actor) const {
   const Instr& instr = actor.instr;
   if (!instr.text.starts_with("st.") || instr.op.size() < 2) return false;
   const Operand& source = instr.op[1];
@@ -85,11 +81,8 @@ bool Shadow::same_value(uint32_t at, int lane, int other, const Actor& actor) co
     const Operand& item = vector ? source.items[byte / element] : source;
     return uint8_t(actor.warp.in(item)[l] >> (byte % element * 8));
   };
-  for (uint32_t b = at; b < at + 4; ++b) {
-    if (b - actor.offset[lane] >= uint32_t(actor.bytes)) continue;
-    if (b - actor.offset[other] >= uint32_t(actor.bytes)) continue;
-    if (value(lane, b) != value(other, b)) return false;
-  }
+  for (uint32_t b = at; b < at + uint32_t(bytes); ++b)
+    if (value(actor.lane, b) != value(other, b)) return false;
   return true;
 }
 
@@ -111,7 +104,8 @@ void Shadow::check_write_stamp(Stamp before, uint32_t at, const Actor& actor) co
   if (before >> 6 == actor.stamp >> 6) {
     const int other = (before & kWho) - kLanes;
     if (actor.strong || before == actor.stamp) return;
-    if (other >= 0 && same_value(at, actor.lane, other, actor)) return;
+    const int bytes = actor.bytes == 16 ? 16 : actor.bytes >= 4 ? 4 : 1;
+    if (other >= 0 && same_value(at, bytes, other, actor)) return;
     fault(actor.warp, actor.instr, lanes_of(actor.stamp & kWho) | lanes_of(before & kWho), "race",
           "writes " + shared_name(actor.warp, at) + " from two lanes with different values");
   }
@@ -128,13 +122,24 @@ void Shadow::check_readers(const Layer& layer, size_t cell, uint32_t at, const A
 
 void Shadow::note_read(Layer& layer, size_t cell, const Actor& actor) {
   Stamp& mine = layer.by_warp[actor.warp.index][cell];
-  mine = merged(mine, actor.stamp, actor.warp.index);
+  mine = merged(mine, actor);
   layer.read[cell] = actor.stamp;
 }
 
-void Shadow::check_cell(Layer& layer, size_t cell, const Actor& actor) {
-  const auto at = uint32_t(&layer == &words_ ? cell * 4 : cell);
-  check_write_stamp(layer.write[cell], at, actor);
+void Shadow::check_cell(int index, size_t cell, const Actor& actor) {
+  Layer& layer = layers_[index];
+  const Stamp before = layer.write[cell];
+  if (before == kStrong) return check_strong(cell, actor);
+  if (before == kSplit) {
+    for (size_t part = cell * 4; part < cell * 4 + 4; ++part) check_cell(index + 1, part, actor);
+    if (actor.access == Access::kRead)
+      join(index, cell);
+    else
+      layer.write[cell] = actor.stamp;
+    return;
+  }
+  const auto at = uint32_t(cell << layer.shift);
+  check_write_stamp(before, at, actor);
   if (actor.access == Access::kRead) {
     note_read(layer, cell, actor);
   } else {
@@ -143,88 +148,51 @@ void Shadow::check_cell(Layer& layer, size_t cell, const Actor& actor) {
   }
 }
 
-void Shadow::check_cells(Layer& layer, size_t cell, int cells, const Actor& actor) {
-  for (size_t c = cell; c < cell + cells; ++c) {
-    if (&layer == &bytes_) {
-      check_cell(layer, c, actor);
-    } else if (words_.write[c] == kStrong) {
-      check_strong(c, actor);
-    } else if (words_.write[c] == kSplit) {
-      for (size_t b = c * 4; b < c * 4 + 4; ++b) check_cell(bytes_, b, actor);
-      if (actor.access == Access::kRead)
-        join(c);
-      else
-        words_.write[c] = actor.stamp;
-    } else {
-      check_cell(words_, c, actor);
-    }
-  }
-}
-
-// A word whose bytes no longer differ in what matters goes back to one stamp.
-void Shadow::join(size_t word) {
-  const Stamp past = *std::min_element(floor_.begin(), floor_.end());
-  auto joined = [past](const Stamp* bytes, Stamp& stamp) {
-    stamp = *std::max_element(bytes, bytes + 4);
-    for (int b = 0; b < 4; ++b)
-      if (bytes[b] != stamp && bytes[b] > past) return false;
-    return stamp <= past || *std::min_element(bytes, bytes + 4) == stamp;
-  };
-  Stamp write, stamp;
-  if (!joined(bytes_.write.get() + word * 4, write) || (write & kPending) != 0) return;
-  std::vector<Stamp> read(warps_);
-  for (int v = 0; v < warps_; ++v)
-    if (!joined(bytes_.by_warp[v].get() + word * 4, read[v])) return;
-  for (int v = 0; v < warps_; ++v) words_.by_warp[v][word] = read[v];
-  joined(bytes_.read.get() + word * 4, stamp);
-  words_.read[word] = stamp;
-  words_.write[word] = write;
-}
-
 // The first strong access of a word: what came before counts as plain.
 void Shadow::enter_strong(size_t word, Strong& state, const Actor& actor) {
   state.write.assign(warps_, 0);
   state.read.assign(warps_, 0);
   state.released.assign(warps_, 0);
-  if (words_.write[word] == kSplit) {
-    Stamp latest = 0;
+  Layer &words = layers_[kWords], &bytes = layers_[kBytes];
+  state.plain = words.write[word];
+  if (state.plain == kSplit) {
+    state.plain = 0;
     for (size_t b = word * 4; b < word * 4 + 4; ++b) {
-      check_write_stamp(bytes_.write[b], uint32_t(b), actor);
-      if (actor.access != Access::kRead) check_readers(bytes_, b, uint32_t(b), actor);
-      if (bytes_.write[b] != kUnwritten) latest = std::max(latest, bytes_.write[b]);
-      words_.read[word] = std::max(words_.read[word], bytes_.read[b]);
+      check_write_stamp(bytes.write[b], uint32_t(b), actor);
+      if (actor.access != Access::kRead) check_readers(bytes, b, uint32_t(b), actor);
+      if (bytes.write[b] != kUnwritten) state.plain = std::max(state.plain, bytes.write[b]);
+      words.read[word] = std::max(words.read[word], bytes.read[b]);
       for (int v = 0; v < warps_; ++v)
-        words_.by_warp[v][word] = std::max(words_.by_warp[v][word], bytes_.by_warp[v][b]);
+        words.by_warp[v][word] = std::max(words.by_warp[v][word], bytes.by_warp[v][b]);
     }
-    state.plain = latest;
   } else {
-    state.plain = words_.write[word];
+    check_write_stamp(state.plain, uint32_t(word * 4), actor);
+    if (state.plain == kUnwritten) state.plain = 0;
   }
-  check_write_stamp(state.plain, uint32_t(word * 4), actor);
-  if (state.plain == kUnwritten) state.plain = 0;
-  words_.write[word] = kStrong;
+  words.write[word] = kStrong;
 }
 
 void Shadow::check_strong(size_t word, const Actor& actor) {
   const int u = actor.warp.index;
   const auto at = uint32_t(word * 4);
+  Layer& words = layers_[kWords];
   Strong& state = strong_[word];
-  if (words_.write[word] != kStrong) enter_strong(word, state, actor);
+  if (words.write[word] != kStrong) enter_strong(word, state, actor);
   if (!ordered(state.plain, actor)) race(state.plain, true, at, actor);
   const bool reads = actor.access != Access::kWrite, writes = actor.access != Access::kRead;
-  if (writes) check_readers(words_, word, at, actor);
+  if (writes) check_readers(words, word, at, actor);
   if (!actor.strong) {
     for (Stamp before : state.write)
       if (!ordered(before, actor)) race(before, true, at, actor);
-    if (!writes) return note_read(words_, word, actor);
+    if (!writes) return note_read(words, word, actor);
     for (Stamp before : state.read)
       if (!ordered(before, actor)) race(before, false, at, actor);
-    words_.write[word] = actor.stamp;
+    words.write[word] = actor.stamp;
     strong_.erase(word);
     return;
   }
   Stamp& mine = writes ? state.write[u] : state.read[u];
-  mine = merged(mine, actor.stamp, u);
+  mine = merged(mine, actor);
   const std::string_view text = actor.instr.text;
   const bool both = text.find(".acq_rel") != text.npos;
   if (writes && (both || text.find(".release") != text.npos)) {
