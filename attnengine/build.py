@@ -1,23 +1,26 @@
-"""From generated source to a checked shared object, compiled once and remembered for good.
+"""From generated source to a checked module, compiled once and remembered for good: a shared object
+for a CPU, PTX and the code of one architecture for CUDA.
 
 Looked for among the prebuilt modules and in the cache, else compiled. Any number of threads and
 processes may ask for the same module: one compiles it, and the others wait for that.
 """
 
 import importlib.metadata
+import json
 import os
 import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from attnengine import cache, prebuilt, settings
+from attnengine import cache, nvcc, prebuilt, ptx, settings
 from attnengine.cache import Store
-from attnengine.cache_entry import KERNEL, MANIFEST, read_manifest, seal, write_file
+from attnengine.cache_entry import KERNEL, MANIFEST, PTX, read_manifest, seal, write_file
 from attnengine.cache_lock import hold
 from attnengine.cache_upkeep import prune
-from attnengine.compiler import Compiler
 from attnengine.errors import BuildError, CacheError, KernelUnavailable
 from attnengine.staging import Rejected, Unit, build_id, compile_unit, name_unit
 
@@ -27,20 +30,23 @@ _paths: dict[tuple[Path, str], Path] = {}
 _failed: dict[str, str] = {}
 _collected: list[tuple[Unit, Path]] | None = None
 
-_SHIPPED = (KERNEL, "kernel.cpp")  # not the command and the log, which name this machine's paths
+# Not the command and the log, which name this machine's paths.
+_SHIPPED = (KERNEL, "kernel.cpp", PTX, ptx.CUBIN, ptx.MANIFEST, "kernel.cu")
 
 
 def module(source: str, isa: str, label: str) -> Path:
-    """The path of a verified kernel.so compiled from `source`, made now if it is in no cache.
+    """The path of a verified kernel.so, or kernel.ptx with its other files beside it, compiled from
+    `source`; made now if it is in no cache.
 
     Args:
         source: the C++ unit; its include root is templates_dir(). Must export ae_info,
-            ae_workspace_bytes and ae_launch (templates/common/abi.h).
-        isa: one of settings.ISAS.
+            ae_workspace_bytes and ae_launch (templates/common/abi.h); a CUDA unit defines ae_KIND
+            for the kind in its manifest line (ptx.py), and may include CUTLASS.
+        isa: one of settings.ISAS, or of settings.DEVICE_TARGETS for a CUDA unit.
         label: a name for people; never used in a command, a path or a key.
 
     Raises:
-        KernelUnavailable: it would have to be compiled, and there is no compiler or
+        KernelUnavailable: it would have to be compiled, and there is no compiler, or
             ATTNENGINE_DISABLE_JIT is set.
         BuildError: compiling or trying it failed; names the command, the log and the source kept.
 
@@ -62,8 +68,41 @@ def module(source: str, isa: str, label: str) -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class DeviceModule:
+    """A CUDA module: a folder with its PTX, the same as code of one architecture, and what the
+    launcher must know (cuda.json)."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def ptx_path(self) -> Path:
+        return self.folder / PTX
+
+    @property
+    def cubin_path(self) -> Path:
+        return self.folder / ptx.CUBIN
+
+    @property
+    def registers(self) -> int:
+        """Per thread, of the entry that needs most."""
+        return max(entry["registers"] for entry in self.manifest["entries"].values())
+
+    @property
+    def spill_bytes(self) -> int:
+        """Stores and loads of spilled registers, over all entries: 0 in a good kernel."""
+        return sum(entry["spill_bytes"] for entry in self.manifest["entries"].values())
+
+
+def device_module(source: str, target: str, label: str) -> DeviceModule:
+    """The verified module of a CUDA unit, as :func:`module`, with what ptxas found."""
+    folder = module(source, target, label).parent
+    return DeviceModule(folder, json.loads((folder / ptx.MANIFEST).read_bytes()))
+
+
 def ready(wanted: Unit) -> Path | None:
-    """The verified kernel.so of a unit that need not be compiled, or None."""
+    """The verified kernel of a unit that need not be compiled, or None."""
     names = [wanted.content] + ([wanted.digest] if wanted.digest else [])
     found = prebuilt.find(names, build_id())
     if found is None and wanted.digest is not None:
@@ -76,7 +115,7 @@ def _resolve(wanted: Unit) -> Path:
     if found is not None:
         return found
     digest, compiler = wanted.digest, wanted.compiler
-    if digest is None or not isinstance(compiler, Compiler):
+    if digest is None or isinstance(compiler, str):
         raise _unavailable(wanted, str(compiler))
     if settings.jit_disabled():
         raise _unavailable(wanted, "ATTNENGINE_DISABLE_JIT is set")
@@ -117,9 +156,12 @@ def _unavailable(wanted: Unit, reason: str) -> KernelUnavailable:
 
 def remedy(specs: str, isa: str) -> str:
     """What to do about a missing module: the prebuild command, with its --specs argument."""
+    here, target = "install g++ 11 or newer", f"cpu:{isa}"
+    if isa in settings.DEVICE_TARGETS:
+        here, target = nvcc.REMEDY, isa.replace("_", "")
     return (
-        "  next step: install g++ 11 or newer, or where there is one run\n"
-        f"    attnengine prebuild --specs {specs} --target cpu:{isa} --out DIR\n"
+        f"  next step: {here}; or where there is a compiler run\n"
+        f"    attnengine prebuild --specs {specs} --target {target} --out DIR\n"
         "  and here set ATTNENGINE_AOT_PATH=DIR (or pip install the wheel that --wheel makes)"
     )
 

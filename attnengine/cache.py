@@ -1,6 +1,6 @@
 """Where compiled modules and small texts are kept between processes.
 
-    root/1/<2 hex>/<digest>/   one module: kernel.so, source, command, log, manifest
+    root/1/<2 hex>/<digest>/   one module: kernel.so or .ptx, source, command, log, manifest
     root/1/text/<kind>/        small JSON texts, one file each
     root/locks/<digest>        one flock per module under construction
     root/tmp/                  staging; whatever a killed process leaves is removed later
@@ -29,11 +29,11 @@ from typing import Any
 
 from attnengine import settings
 from attnengine.cache_entry import (
-    KERNEL,
     SCHEMA,
     canonical,
     check_private,
     is_digest,
+    kernel_name,
     remove,
     seal,
     sha256,
@@ -82,19 +82,23 @@ class Store:
             raise CacheError(f"{self.root} is on a file system mounted noexec")
 
     def find(self, digest: str) -> Path | None:
-        """The verified kernel.so of an entry, or None. An altered entry is moved aside."""
+        """The verified kernel.so or kernel.ptx of an entry, or None. An altered entry is moved
+        aside."""
         folder = self.entry(digest)
         try:
-            verify(folder)
-            os.utime(folder)  # last use, for pruning
-        except FileNotFoundError:
-            return None
+            manifest = verify(folder)
         except CacheError as error:
             self.quarantine(folder, str(error))
             return None
         except OSError:
+            return None  # absent, or not to be read
+        try:
+            os.utime(folder)  # last use, for pruning
+        except FileNotFoundError:
+            return None
+        except OSError:
             pass  # a read-only cache keeps no record of use
-        return folder / KERNEL
+        return folder / kernel_name(manifest)
 
     def quarantine(self, folder: Path, reason: str) -> None:
         """Moves an entry out of the way, with a warning that says why."""
@@ -128,7 +132,7 @@ class Store:
                 unlock(alive)
 
     def publish(self, folder: Path, digest: str, label: str, facts: dict[str, Any]) -> Path:
-        """Seals the files of a staged folder and renames it to its place; returns its kernel.so.
+        """Seals the files of a staged folder and renames it to its place; returns its kernel.
 
         When another process published first, its entry is used, unless it is altered.
         """
@@ -262,7 +266,7 @@ def writable(act: Callable[[Store], Path]) -> Path:
 
 
 def find(digest: str) -> Path | None:
-    """The verified kernel.so of a digest in the user's or the private store, or None."""
+    """The verified kernel of a digest in the user's or the private store, or None."""
     for store in stores():
         found = store.find(digest)
         if found is not None:

@@ -1,6 +1,7 @@
 """One cache entry: a folder named by its digest whose manifest lists every file with its hash.
 
-A module entry holds `kernel.so`, `kernel.cpp`, `cmd.json`, `build.log` and, written last,
+A CPU module's entry holds `kernel.so` and `kernel.cpp`, a CUDA module's `kernel.ptx`,
+`kernel.cubin`, `cuda.json` and `kernel.cu`; both `cmd.json`, `build.log` and, written last,
 `manifest.json`. Nothing in it is executed or unpickled before the manifest, the owner and the
 permissions have been checked.
 """
@@ -22,7 +23,13 @@ SCHEMA = 1
 
 MANIFEST = "manifest.json"
 KERNEL = "kernel.so"
+PTX = "kernel.ptx"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def kernel_name(manifest: dict[str, Any]) -> str:
+    """The file that an entry is there for: kernel.so, or kernel.ptx of a CUDA module."""
+    return KERNEL if KERNEL in manifest["files"] else PTX
 
 
 def is_digest(text: str) -> bool:
@@ -127,8 +134,8 @@ def verify(folder: Path, shared: bool = False) -> dict[str, Any]:
     """
     check_private(folder, folder=True, shared=shared)
     manifest = read_manifest(folder, shared)
-    if KERNEL not in manifest["files"]:
-        raise CacheError(f"{folder} has no {KERNEL}")
+    if kernel_name(manifest) not in manifest["files"]:
+        raise CacheError(f"{folder} has no {KERNEL} and no {PTX}")
     for name, expected in manifest["files"].items():
         path = folder / name
         try:

@@ -1,4 +1,7 @@
-"""The host C++ compiler: which one, exactly which version, and one compile with a time limit."""
+"""The host C++ compiler: which one, exactly which version, and one compile with a time limit.
+
+Programs are identified here for the CUDA toolkit too, and failed compiles told apart.
+"""
 
 import errno
 import functools
@@ -24,17 +27,22 @@ _NAMES = ("c++", "g++", "clang++")  # c++ first: cpp_extension's own default
 _WRAPPERS = ("ccache", "sccache", "distcc", "env")
 # cpp_extension writes paths into a ninja file, where $ and : have a meaning, and into a shell line.
 _PLAIN_PATH = re.compile(r"/[A-Za-z0-9_./@+=,~ -]*")
+# What g++, clang++, nvcc and ptxas say: of anything, of a killed part of them, of the source.
+_ERROR = re.compile(r"\berror\s*: |\bfatal\s*: ")
+_KILLED = re.compile(r"Killed signal terminated program|died due to signal")
+_AT_FAULT = re.compile(r": error: |^ptxas .*(?:error|fatal)\s*: ", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Compiler:
-    """A C++ compiler: the command as found, and what identifies its exact version."""
+    """A C++ compiler or a tool beside it: the command as found, and what identifies its exact
+    version."""
 
     command: str  # absolute path as found on PATH
     path: str  # the same with links resolved
     bytes: int
     mtime_ns: int
-    version: str  # everything that -v prints
+    version: str  # everything that it prints when asked for its version
 
     def identity(self) -> dict[str, str | int]:
         """What goes into a kernel's key."""
@@ -80,12 +88,19 @@ def find_compiler() -> Compiler | str:
     command = os.path.abspath(command)
     if not is_plain_path(command):
         return f"the path of the C++ compiler has characters that ninja would change: {command!r}"
-    path = os.path.realpath(command)
-    status = os.stat(path)
     try:
-        return _identified(command, path, status.st_size, status.st_mtime_ns)
+        return identified(command, "-v")
     except (OSError, subprocess.SubprocessError) as error:
         return f"the C++ compiler {command} does not run: {error}"
+
+
+def identified(command: str, *question: str, without: tuple[str, ...] = ()) -> Compiler:
+    """A program by its absolute path; ``question`` are the arguments that make it print its
+    version, ``without`` environment variables that would change the answer. Raises OSError or
+    SubprocessError when it does not run."""
+    path = os.path.realpath(command)
+    status = os.stat(path)
+    return _identified(command, path, status.st_size, status.st_mtime_ns, question, without)
 
 
 def _program_words(value: str) -> list[str]:
@@ -98,16 +113,23 @@ def _program_words(value: str) -> list[str]:
 
 
 @functools.lru_cache(maxsize=16)
-def _identified(command: str, path: str, size: int, mtime_ns: int) -> Compiler:
-    digest = sha256(canonical([command, path, size, mtime_ns]))
+def _identified(
+    command: str,
+    path: str,
+    size: int,
+    mtime_ns: int,
+    question: tuple[str, ...],
+    without: tuple[str, ...],
+) -> Compiler:
+    digest = sha256(canonical([command, path, size, mtime_ns, *question]))
     version = text_get("compiler", digest)
     if version is None:
         answer = subprocess.run(
-            [command, "-v"],
+            [command, *question],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=60,
-            env=settings.child_environment(LC_ALL="C"),
+            env=settings.child_environment(without, LC_ALL="C"),
             check=True,
         )
         version = (answer.stderr + answer.stdout).decode(errors="replace")
@@ -165,7 +187,7 @@ def compile_shared(
             )
             data = Path(built).read_bytes()
         except RuntimeError as error:
-            raise _failure(str(error), overdue.is_set(), timeout_s) from None
+            raise failure(str(error), overdue.is_set(), timeout_s) from None
         finally:
             watchdog.cancel()
     # cpp_extension adds torch's library folder as the run path of every link.
@@ -185,7 +207,8 @@ def _ninja_path() -> dict[str, str]:
     return {"PATH": f"{ninja.BIN_DIR}{os.pathsep}{places}"}
 
 
-def _failure(log: str, overdue: bool, timeout_s: float) -> Exception:
+def failure(log: str, overdue: bool, timeout_s: float) -> Exception:
+    """What a failed compile was: CompileFailed, or OSError when the place was full."""
     if overdue:
         reason = (
             f"stopped after {timeout_s:g} s; set ATTNENGINE_BUILD_TIMEOUT_S to allow it more time"
@@ -194,9 +217,9 @@ def _failure(log: str, overdue: bool, timeout_s: float) -> Exception:
     for text in ("No space left on device", "Disk quota exceeded", "Read-only file system"):
         if text in log:
             return OSError(errno.ENOSPC, f"{text} while compiling: {log[-2000:]}")
-    if "error: " not in log or "Killed signal terminated program" in log:
+    if not _ERROR.search(log) or _KILLED.search(log):
         return CompileFailed("the compiler was killed (out of memory?)", log, final=False)
-    return CompileFailed("the compiler rejected it", log, final=": error: " in log)
+    return CompileFailed("the compiler rejected it", log, final=_AT_FAULT.search(log) is not None)
 
 
 def _kill_inside(folder: Path) -> bool:

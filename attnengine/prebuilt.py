@@ -16,7 +16,7 @@ from pathlib import Path
 
 from attnengine import settings
 from attnengine.cache import Store
-from attnengine.cache_entry import KERNEL, verify, write_file
+from attnengine.cache_entry import kernel_name, verify, write_file
 from attnengine.errors import CacheError
 
 MARK = "prebuilt.json"
@@ -28,14 +28,13 @@ _reported: set[Path] = set()
 
 
 def find(digests: list[str], build: str) -> Path | None:
-    """The verified kernel.so of the first of these digests, or None. ``build`` is this attnengine's
+    """The verified kernel of the first of these digests, or None. ``build`` is this attnengine's
     build id (staging.build_id). An altered entry is reported once and left alone."""
     for root in folders(build):
         for digest in digests:
             folder = Store(root).entry(digest)
             try:
-                verify(folder, shared=True)
-                return folder / KERNEL
+                return folder / kernel_name(verify(folder, shared=True))
             except FileNotFoundError:
                 continue
             except (CacheError, OSError) as error:

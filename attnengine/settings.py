@@ -12,6 +12,8 @@ from pathlib import Path
 
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 """Instruction sets that CPU modules are compiled for, weakest first."""
+DEVICE_TARGETS = ("sm_80",)
+"""Architectures that CUDA modules are compiled for; each also serves the newer ones, as PTX."""
 
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
@@ -93,6 +95,16 @@ def cuda_home() -> tuple[str, str] | None:
     return None
 
 
+def cutlass_choice() -> str | None:
+    """ATTNENGINE_CUTLASS: a folder with CUTLASS's headers, or None for the pip package's."""
+    return _text("ATTNENGINE_CUTLASS")
+
+
+def sync_debug() -> bool:
+    """ATTNENGINE_SYNC_DEBUG: wait for each CUDA kernel, so that a fault names the one at fault."""
+    return _flag("ATTNENGINE_SYNC_DEBUG")
+
+
 def search_path() -> str:
     """PATH, on which compilers are looked for."""
     return os.environ.get("PATH", os.defpath)
@@ -144,9 +156,10 @@ def exported(variables: dict[str, str]) -> Iterator[None]:
                 _exported.notify_all()
 
 
-def child_environment(**changes: str) -> dict[str, str]:
-    """A copy of the environment with some variables changed, for a child process."""
-    return {**os.environ, **changes}
+def child_environment(without: tuple[str, ...] = (), **changes: str) -> dict[str, str]:
+    """A copy of the environment for a child process, some variables changed or left out."""
+    kept = {name: value for name, value in os.environ.items() if name not in without}
+    return {**kept, **changes}
 
 
 def _after_fork() -> None:

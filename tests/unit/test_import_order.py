@@ -17,11 +17,11 @@ STAGES: dict[str, tuple[str, ...]] = {
     "meaning": ("products", "reference", "noise", "gate"),
     "trace": ("ir", "capture", "aten", "lower", "trace", "probe", "derive"),
     "normalize": ("key", "serialize", "blockmask"),
-    "plan": ("arch", "diagonal", "plan"),
-    "generate": ("emit", "unit", "source", "source_backward"),
+    "plan": ("arch", "diagonal", "plan", "plan_cuda"),
+    "generate": ("emit", "dialect", "unit", "source", "source_backward"),
     "build": (
-        "cache_entry", "cache_lock", "cache", "cache_upkeep", "prebuilt", "elf", "compiler",
-        "staging", "build",
+        "cache_entry", "cache_lock", "cache", "cache_upkeep", "prebuilt", "headers", "elf",
+        "compiler", "cutlass", "nvcc", "ptx", "staging", "build",
     ),
     "run": (
         "library", "masks", "memory", "builtin", "dispatch", "exported", "explain", "ops",
