@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from . import build, builtin, cache, clean_thread, library, serialize, settings
-from .arch import ISAS
+from . import build, builtin, cache, clean_thread, library, plan_cuda, serialize, settings
+from .arch import CUDA, ISAS
 from .aten import Unsupported
 from .capture import Captures, captures_of_spec, stable_text
 from .derive import Derived, derive, derive_quiet
@@ -201,6 +201,8 @@ def _after_trace(traced: Traced, element: torch.dtype, d: int, dv: int, isa: str
     name = DTYPE_NAMES[element]
     meaning = serialize.dump(traced, element, d, dv)
     wanted = [i for i, t in enumerate(traced.captures) if t.requires_grad and t.is_floating_point()]
+    if isa in CUDA:
+        return _cuda_pipeline(traced, name, d, dv, isa, meaning)
     derived, quiet, why = None, None, ""
     try:
         derived = derive(traced, wanted)
@@ -223,6 +225,22 @@ def _after_trace(traced: Traced, element: torch.dtype, d: int, dv: int, isa: str
         fkey.digest(), len(traced.row.saved) + len(saved), meaning,
     )  # fmt: skip
     return Pipeline(traced, derived, quiet, why, fkey, bkey, fplans, bplans, sources)
+
+
+NO_CUDA_GRADIENT = "CUDA kernels have no gradient in this version"
+
+
+def _cuda_pipeline(
+    traced: Traced, element: str, d: int, dv: int, isa: str, meaning: str
+) -> Pipeline:
+    key = forward_key(traced, element, d, dv, ())
+    plans = plan_cuda.candidates(key, traced, isa)
+    stats = tuple(traced.row.saved)
+    sources = Sources(
+        forward_source(traced, plans[0], key, ()), None, NO_CUDA_GRADIENT, stats,
+        traced.positions, key.captures, (), 0, key.digest(), len(stats), meaning,
+    )  # fmt: skip
+    return Pipeline(traced, None, None, NO_CUDA_GRADIENT, key, None, plans, [], sources)
 
 
 def default_isa() -> str:

@@ -145,7 +145,7 @@ class Emitter:
     def child(
         self, live: str | None = None, run_start: str | None = None, more: int = 2
     ) -> Emitter:
-        out = Emitter(
+        out = type(self)(
             self.ranges, self.names, env=self.env, live=live or self.live,
             run_start=run_start or self.run_start, indent=len(self.pad) + more, prefix=self.prefix,
         )  # fmt: skip
@@ -332,6 +332,37 @@ def by_query(index: Sequence[Node]) -> bool:
 
 def is_key(n: Node) -> bool:
     return n.op == "input" and n.attr[0] == "k"
+
+
+class DeviceEmitter(Emitter):
+    """For scalars in a thread's registers (``templates/cuda/math.cuh``)."""
+
+    def _minus_row(self, x: Node) -> tuple[Node, Node, bool] | None:
+        """``x`` is a - b or a + b for a row scalar b: (a, b, whether it is added)."""
+        if x.op not in ("add", "sub") or x.dtype != "f32":
+            return None
+        a, b = x.args
+        if x.op == "add" and b.vec:
+            a, b = b, a
+        return (a, b, x.op == "add") if a.vec and not b.vec else None
+
+    def _only_raw(self, n: Node, root: Node) -> bool:
+        return super()._only_raw(n, root) or (n is not root and self._minus_row(n) is not None)
+
+    def _compute(self, n: Node) -> str:
+        if n.op == "exp" and n.dtype == "f32" and self._raw_shift(n.args[0]) is None:
+            shifted = self._minus_row(n.args[0]) if n.args[0].id not in self.names else None
+            if shifted is not None:  # one fused multiply-add instead of two operations
+                a, row = (self.as_rep(x, "f32") for x in shifted[:2])
+                return f"ae::exp_minus({a}, {f'-({row})' if shifted[2] else row})"
+        return super()._compute(n)
+
+    def _gather(self, n: Node) -> str:
+        args = [self.env, str(n.attr[0]), self.live if n.vec else "true"]
+        for a in n.args:
+            text = self.index(a)
+            args.append(f"ae::nonnegative({text})" if self.ranges.of(a)[0] >= 0 else text)
+        return f"ae::gather<{ELEMENT[n.dtype]}>({', '.join(args)})"
 
 
 class IntervalEmitter(Emitter):

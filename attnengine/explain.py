@@ -5,7 +5,7 @@ from __future__ import annotations
 from . import library
 from .dispatch import Pipeline, Program
 from .ir import text
-from .plan import Plan
+from .plan import Cost, DeviceCost, Plan
 
 
 def describe(program: Program, p: Pipeline) -> str:
@@ -66,18 +66,47 @@ def describe_plans(p: Pipeline) -> str:
 def _plans(plans: list[Plan]) -> list[str]:
     if not plans:
         return []
+    lines = _device_candidates(plans) if plans[0].warps else _candidates(plans)
+    best = plans[0]
+    shape = f"{best.block_m} x {best.block_n}"
+    if best.warps:
+        shape += f", {best.warps} warps, {best.stages} stages"
+    lines.append(f"chosen: {shape} on {best.target}, {best.partition}")
+    lines += [f"  because {r}" for r in best.reasons]
+    for t in best.tensors:
+        stages = f" x {t.stages} stages" if t.stages > 1 else ""
+        lines.append(f"  {t.name}: {t.rows} x {t.columns} in {t.level}, {t.bytes} bytes{stages}")
+    if best.warps:
+        lines.append(f"  dynamic shared memory of a block: {best.shared_bytes} bytes")
+    else:
+        lines.append(f"  scratch of one worker: {best.scratch_bytes} bytes")
+    return lines
+
+
+def _candidates(plans: list[Plan]) -> list[str]:
     lines = ["candidates, predicted cycles per 1000 scores of one core:",
              "  rows x keys  multiply  pointwise  cache  overhead  total"]  # fmt: skip
     for p in plans:
         c = p.cost
+        assert isinstance(c, Cost)
         lines.append(
             f"  {p.block_m:4d} x {p.block_n:4d}  {c.multiply:8.0f}  {c.pointwise:9.0f}  "
             f"{c.cache:5.0f}  {c.overhead:8.0f}  {c.total:5.0f}"
         )
-    best = plans[0]
-    lines.append(f"chosen: {best.block_m} x {best.block_n} on {best.target}, {best.partition}")
-    lines += [f"  because {r}" for r in best.reasons]
-    for t in best.tensors:
-        lines.append(f"  {t.name}: {t.rows} x {t.columns} in {t.level}, {t.bytes} bytes")
-    lines.append(f"  scratch of one worker: {best.scratch_bytes} bytes")
+    return lines
+
+
+def _device_candidates(plans: list[Plan]) -> list[str]:
+    lines = [
+        "candidates, predicted cycles per 1000 scores of one SM, by resource and together:",
+        "  rows x keys  warps  stages  tensor  exp  pointwise  shared  memory  overhead  total",
+    ]
+    for p in plans:
+        c = p.cost
+        assert isinstance(c, DeviceCost)
+        lines.append(
+            f"  {p.block_m:4d} x {p.block_n:4d}  {p.warps:5d}  {p.stages:6d}  {c.tensor:6.0f}  "
+            f"{c.exp:3.0f}  {c.pointwise:9.0f}  {c.shared:6.0f}  {c.memory:6.0f}  "
+            f"{c.overhead:8.0f}  {c.total:5.0f}"
+        )
     return lines

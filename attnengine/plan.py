@@ -51,6 +51,19 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class DeviceCost:
+    """Predicted cycles per 1000 scores of one SM: of each resource alone, and of all together."""
+
+    tensor: float
+    exp: float
+    pointwise: float
+    shared: float
+    memory: float
+    overhead: float
+    total: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """Every decision of one kernel. C++ receives the same fields as a trait struct."""
 
@@ -69,8 +82,11 @@ class Plan:
     virtual_workers: int
     scratch_bytes: int
     tensors: tuple[Tensor, ...]
-    cost: Cost
+    cost: Cost | DeviceCost
     reasons: tuple[str, ...]
+    warps: int = 0  # of a CUDA thread block, which split its rows
+    stages: int = 0  # tiles of keys and values in its ring
+    shared_bytes: int = 0  # its dynamic shared memory
 
     @property
     def bf16_dot(self) -> bool:
@@ -89,7 +105,8 @@ class Plan:
     def from_dict(data: dict) -> Plan:
         data = dict(data)
         data["tensors"] = tuple(Tensor(**t) for t in data["tensors"])
-        data["cost"] = Cost(**data["cost"])
+        cost = data["cost"]
+        data["cost"] = DeviceCost(**cost) if "tensor" in cost else Cost(**cost)
         data["reasons"] = tuple(data["reasons"])
         return Plan(**{f.name: data[f.name] for f in fields(Plan)})
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .derive import Derived, Scatter
+from .dialect import CPU_DIALECT, flag
 from .emit import Emitter, by_query, float_literal, is_key, strip
 from .ir import REDUCTIONS, Node, walk
 from .key import KernelKey
 from .plan import Plan
 from .trace import Traced
-from .unit import ACROSS, ALIVE, COMBINE, END, IDENTITY, Unit, accumulate, flag, header
+from .unit import ALIVE, COMBINE, IDENTITY, Unit, accumulate
 
 
 def scatter_line(u: Unit, e: Emitter, s: Scatter, live: str) -> None:
@@ -82,7 +83,8 @@ def _functors(traced: Traced, derived: Derived, plan: Plan, key: KernelKey) -> l
     roots += [derived.weights, derived.dscore, *(s.value for s in every)]
     roots += [i for s in every if s not in u.diagonals.sums for i in s.index]
     u.collect_row(roots)
-    lines = header(plan, key, "cpu/backward.h")
+    lines = CPU_DIALECT.header(plan, key, {})
+    lines.append(f"  static constexpr int kCaptures = {len(key.captures)};")
     bits = sum(1 << c for c in derived.grads)
     infos = ", ".join(_owned(u, derived, c) for c in range(max(1, len(key.captures))))
     accs = ", ".join(str(len(p)) for p in derived.passes) or "0"
@@ -140,7 +142,7 @@ def _functors(traced: Traced, derived: Derived, plan: Plan, key: KernelKey) -> l
     vec_roots = [derived.weights, derived.dscore, *(s.value for s in derived.scatters)]
     vec_roots += [i for s in derived.scatters if s not in u.diagonals.sums for i in s.index]
     e = _with_scalars(u, scalars, vec_roots)
-    e.line(END)
+    e.line(CPU_DIALECT.begin)
     body = u.open_loop(e, vec_roots)
     body.line(f"const L::Mask alive = {ALIVE};")
     body.live = "alive"
@@ -251,7 +253,7 @@ def _passes(u: Unit, derived: Derived, scalars: dict[int, int]) -> list[str]:
     for p, reductions in enumerate(derived.passes):
         operands = [n.args[0] for n in reductions]
         e = _with_scalars(u, scalars, operands)
-        e.line(END)
+        e.line(CPU_DIALECT.begin)
         body = u.open_loop(e, operands)
         head = e.lines.pop()
         if _uses_dp(reductions):
@@ -261,7 +263,7 @@ def _passes(u: Unit, derived: Derived, scalars: dict[int, int]) -> list[str]:
         e.lines += [head, *body.lines]
         e.line("}")
         for i, n in enumerate(reductions):
-            across = f"A(ae::{ACROSS[n.op]}(acc{n.id}))"
+            across = f"A(ae::{CPU_DIALECT.across[n.op]}(acc{n.id}))"
             if n.op in ("any", "all"):
                 combine = f"A(acc[{i}] != 0 {'||' if n.op == 'any' else '&&'} {across} != 0)"
             else:

@@ -9,15 +9,8 @@ import torch
 
 from . import diagonal
 from .derive import Derived
-from .emit import (
-    ELEMENT,
-    SCALAR,
-    VECTOR,
-    Emitter,
-    IntervalEmitter,
-    Ranges,
-    float_literal,
-)
+from .dialect import CPU_DIALECT, Dialect, flag, opened
+from .emit import SCALAR, VECTOR, Emitter, IntervalEmitter, Ranges, float_literal
 from .ir import FLOATS, REDUCTIONS, Node, evaluate, gathers_of, inputs_of, leaves, walk
 from .key import KernelKey
 from .plan import Plan
@@ -28,33 +21,18 @@ COMBINE = {
     "sum": "add", "prod": "mul", "amax": "maximum", "amin": "minimum",
     "any": "logical_or", "all": "logical_and",
 }  # fmt: skip
-ACROSS = {
-    "sum": "hsum", "prod": "hprod", "amax": "hmax", "amin": "hmin", "any": "any", "all": "all",
-}  # fmt: skip
-
-
-def plan_struct(plan: Plan, key: KernelKey) -> list[str]:
-    return [
-        "struct Plan {",
-        f"  using Elem = {ELEMENT[plan.element]};",
-        f"  using Acc = {ELEMENT[plan.accumulator]};",
-        f"  static constexpr int kD = {plan.head_dim}, kDv = {plan.value_dim};",
-        f"  static constexpr int kBlockM = {plan.block_m}, kBlockN = {plan.block_n};",
-        f"  static constexpr int kVirtualWorkers = {plan.virtual_workers};",
-        f"  static constexpr bool kPackGroup = {flag(plan.pack_group)};",
-        f"  static constexpr bool kSplitKV = {flag(plan.split_kv)};",
-        f"  static constexpr bool kBf16Dot = {flag(plan.bf16_dot)};",
-        f"  static constexpr int64_t kScratchBytes = {plan.scratch_bytes};",
-        f'  static constexpr const char* kKey = "{key.digest()}";',
-        "};",
-    ]
 
 
 class Unit:
     """What the functors of one unit share: the row struct, masks, scores and dead keys."""
 
     def __init__(
-        self, traced: Traced, plan: Plan, key: KernelKey, derived: Derived | None = None
+        self,
+        traced: Traced,
+        plan: Plan,
+        key: KernelKey,
+        derived: Derived | None = None,
+        words: Dialect = CPU_DIALECT,
     ) -> None:
         self.t = traced
         self.plan = plan
@@ -64,9 +42,13 @@ class Unit:
         # Without a score_mod, weights that are rounded to 16 bits come straight from the raw dot
         # products: exp2 of one fused multiply-add replaces scale, subtract and multiply. The scale
         # is positive (a handle folds its sign into q), so dot products of dead keys stay -inf.
-        self.raw = plan.bf16_dot and traced.score is None
+        self.words = words
+        device = words is not CPU_DIALECT
+        self.raw = (plan.bf16_dot or device) and traced.score is None
         self.ranges = Ranges()
-        self.diagonals = diagonal.find(traced, derived, plan.lanes)
+        self.diagonals = (  # a CPU kernel's: on a device a gather costs what a table's value would
+            diagonal.Diagonals((), ()) if device else diagonal.find(traced, derived, plan.lanes)
+        )
         self.static: dict[int, bool] = {}
         self.fields: list[Node] = []
         self.names: dict[int, str] = {}
@@ -99,7 +81,7 @@ class Unit:
         self.names = {n.id: f"row.f{i}" for i, n in enumerate(self.fields)}
 
     def row_struct(self) -> list[str]:
-        e = Emitter(self.ranges, self.index_names(), indent=4)
+        e = self.words.emitter(self.ranges, self.index_names(), indent=4)
         values = [e.expr(n) for n in self.fields]
         fields = [f"{SCALAR[e.rep(n)]} f{i};" for i, n in enumerate(self.fields)]
         for i in range(len(self.diagonals.tables)):
@@ -108,10 +90,11 @@ class Unit:
         if self.diagonals.sums:
             fields.append("int64_t sums;  // the same for sums along diagonals")
             values.append("env.sums.row(h, q)")
+        function, index = self.words.function, self.words.index
         lines = ["  struct Row {", *(f"    {f}" for f in fields)]
         lines += [
             "  };",
-            "  static Row make_row(const ae::Env& env, int64_t b, int64_t h, int64_t q) {",
+            f"  {function} Row make_row(const ae::Env& env, {index} b, {index} h, {index} q) {{",
             "    (void)env, (void)b, (void)h, (void)q;",
             *e.lines,
             f"    return Row{{{', '.join(values)}}};",
@@ -123,15 +106,19 @@ class Unit:
         return {self.g.input(n, "i64").id: f"int32_t({n})" for n in ("b", "h", "q")}
 
     def emitter(self, **kw: object) -> Emitter:
-        return Emitter(self.ranges, self.names, **kw)  # type: ignore[arg-type]
+        return self.words.emitter(self.ranges, self.names, **kw)  # type: ignore[arg-type]
 
     # -- masks ----------------------------------------------------------------------------------
+    def mask_captures(self) -> int:
+        """Bit i: the mask reads captured tensor i."""
+        bits = 0
+        for n in gathers_of([self.t.mask]) if self.t.mask is not None else []:
+            bits |= 1 << n.attr[0]
+        return bits
+
     def mask_members(self) -> list[str]:
         mask = self.t.mask
         used = inputs_of([mask]) if mask is not None else set()
-        bits = 0
-        for n in gathers_of([mask]) if mask is not None else []:
-            bits |= 1 << n.attr[0]
         g = self.g
         names = {g.input(n, "i64").id: n for n in ("b", "h", "q")}
         names[g.input("k", "i64", vec=True).id] = "k"
@@ -141,10 +128,13 @@ class Unit:
             f"  static constexpr bool kHasMask = {flag(mask is not None)};",
             f"  static constexpr bool kMaskUsesB = {flag('b' in used)};",
             f"  static constexpr bool kMaskUsesH = {flag('h' in used)};",
-            f"  static constexpr uint64_t kMaskCaptures = {bits}u;",
+            f"  static constexpr uint64_t kMaskCaptures = {self.mask_captures()}u;",
             f"  static constexpr bool kScoreCanDie = {flag(self.t.score is not None)};",
-            "  static ae::Interval classify(const ae::IntervalEnv& env, ae::Interval b,",
-            "                               ae::Interval h, ae::Interval q, ae::Interval k) {",
+            *opened(
+                f"  {self.words.host_function} ae::Interval classify(",
+                "const ae::IntervalEnv& env, ae::Interval b",
+                "ae::Interval h, ae::Interval q, ae::Interval k",
+            ),
             "    (void)env, (void)b, (void)h, (void)q, (void)k;",
             *e.lines,
             f"    return {result};",
@@ -155,34 +145,35 @@ class Unit:
     def open_loop(self, e: Emitter, hoisted: Sequence[Node]) -> Emitter:
         """Emits the loop head up to the dead-key blend; returns the emitter of the loop body, with
         the inputs score, scores and k bound and ``live`` declared."""
-        g, d, t = self.g, self.d, self.t
+        g, d, t, words = self.g, self.d, self.t, self.words
         k = g.input("k", "i64", vec=True)
         roots = [n for n in (t.mask, t.score) if n is not None] + list(hoisted)
         self.hoist(e, roots)
-        e.line("for (int j = 0; j < end; j += L::W) {")
-        body = e.child(live="live", run_start="(kv0 + j)")
+        e.lines.append(words.loop_head(e.pad))
+        body = e.child(live="live", run_start=words.first_key)
         if self.raw:
-            body.line("V sm = ae::load_vector<V>(s + j);")
+            body.line(f"{words.value} sm = {words.load};")
         else:
-            body.line("const V x = ae::mul(ae::load_vector<V>(s + j), scale);")
+            body.line(f"const {words.value} x = ae::mul({words.load}, scale);")
             body.names[g.input("score", d, vec=True).id] = "x"
         reached = list(self.diagonals.reach(roots))
         keyed = t.mask is not None and "k" in inputs_of([t.mask])
         needs_k = keyed or any(n.op == "input" and n.attr[0] == "k" for n in reached)
         if needs_k:
-            body.line("const L::I32 k = ae::add(ae::iota<L::I32>(), int32_t(kv0 + j));")
+            body.line(words.keys)
             body.names[k.id] = "k"
-        body.line("L::Mask live = ~L::Mask{};")
+        body.line(f"{words.types['bool']} live = {words.all_live};")
         body.line("if constexpr (kPartial) {")
         inner = body.child()
-        inner.line("live = ae::lt(ae::iota<L::I32>(), int32_t(ncols - j));")
+        inner.line(f"live = {words.in_range};")
         if t.mask is not None:
-            inner.line("if (!mask_full) {")
-            masked = inner.child()
+            guard = words.mask_guard
+            masked = inner.child(more=2 if guard else 0)
             text = masked.expr(t.mask)
             masked.line(f"live = ae::logical_and(live, {text});")
-            inner.lines += masked.lines
-            inner.line("}")
+            inner.lines += (
+                [inner.pad + guard, *masked.lines, inner.pad + "}"] if guard else masked.lines
+            )
         body.lines += inner.lines
         body.line("}")
         for i, n in enumerate(self.diagonals.tables):
@@ -193,7 +184,7 @@ class Unit:
                 body.names[n.id] = f"t{i}"
         if not self.raw:
             score = body.expr(t.score) if t.score is not None else "x"
-            body.line(f"V sm = ae::splat<V>({score});")
+            body.line(f"{words.value} sm = {words.splat(words.value, score)};")
         body.line("if constexpr (kPartial) sm = ae::select(live, sm, low);")
         self.bind_scores(body)
         return body
@@ -292,47 +283,27 @@ class Unit:
         return True
 
     def operand_mods(self) -> list[str]:
-        lines = []
+        lines, words = [], self.words
         for name in ("q", "k", "v"):
             node = self.t.operands.get(name)
+            head = f"  {words.function} {words.value} {name}_mod("
             lines.append(
                 f"  static constexpr bool kHas{name.upper()}Mod = {flag(node is not None)};"
             )
             if node is None:
-                lines.append(f"  static V {name}_mod(const ae::Env&, V x) {{ return x; }}")
+                lines.append(f"{head}const ae::Env&, {words.value} x) {{ return x; }}")
                 continue
             names = {self.g.input("x", self.d, vec=True).id: "x"}
-            e = Emitter(self.ranges, names, indent=4, live="(~L::Mask{})")
+            e = words.emitter(self.ranges, names, indent=4, live=f"({words.all_live})")
             text = e.expr(node)
             lines += [
-                f"  static V {name}_mod(const ae::Env& env, V x) {{",
+                f"{head}const ae::Env& env, {words.value} x) {{",
                 "    (void)env;",
                 *e.lines,
-                f"    return ae::splat<V>({text});",
+                f"    return {words.splat(words.value, text)};",
                 "  }",
             ]
         return lines
-
-
-def flag(x: bool) -> str:
-    return "true" if x else "false"
-
-
-def header(plan: Plan, key: KernelKey, include: str) -> list[str]:
-    return [
-        f"// attnengine {key.kind} kernel, {plan.target}, {key.element}, D {key.head_dim}, "
-        f"Dv {key.value_dim}. Generated: do not edit.",
-        f'#include "{include}"',
-        '#include "cpu/capture.h"',
-        '#include "cpu/math.h"',
-        "namespace {",
-        *plan_struct(plan, key),
-        "struct Fn {",
-        "  using A = Plan::Acc;",
-        "  using L = ae::Lanes<A>;",
-        "  using V = L::Acc;",
-        f"  static constexpr int kCaptures = {len(key.captures)};",
-    ]
 
 
 class Stages:
@@ -353,13 +324,14 @@ class Stages:
 
 def accumulate(unit: Unit, e: Emitter, body: Emitter, reductions: Sequence[Node]) -> None:
     """Declares accumulators in ``e`` (before the loop) and updates them in ``body``."""
+    words = unit.words
     for n in reductions:
         (x,) = n.args
         rep = e.rep(n)
-        vector = VECTOR[rep]
-        init = _identity(n, rep)
+        vector = words.types[rep]
+        init = _identity(n, rep, words)
         e.line(f"{vector} acc{n.id} = {init};")
-        text = f"ae::splat<{vector}>({body.as_rep(x, rep)})"
+        text = words.splat(vector, body.as_rep(x, rep))
         natural = n.op in IDENTITY and unit.dead_natural(x, IDENTITY[n.op])
         if not natural:
             text = f"ae::select(alive(), {text}, {init})".replace("alive()", ALIVE)
@@ -367,20 +339,18 @@ def accumulate(unit: Unit, e: Emitter, body: Emitter, reductions: Sequence[Node]
 
 
 ALIVE = "ae::ne(sm, low)"
-# Whole vectors that hold the keys of a tile row.
-END = "const int end = kPartial ? int(ae::round_up(ncols, L::W)) : ncols;"
 
 
-def _identity(n: Node, rep: str) -> str:
-    vector = VECTOR[rep]
+def _identity(n: Node, rep: str, words: Dialect) -> str:
+    vector = words.types[rep]
     if rep == "bool":
-        return f"{vector}{{}}" if n.op == "any" else f"~{vector}{{}}"
+        return words.none_live if n.op == "any" else words.all_live
     value = IDENTITY[n.op]
     if rep in ("f32", "f64"):
-        return f"ae::splat<{vector}>({float_literal(value, rep)})"
+        return words.splat(vector, float_literal(value, rep))
     if n.op in ("amax", "amin"):
         bits = 31 if rep == "i32" else 63
         limit = -(2**bits - 1) if n.op == "amax" else 2**bits - 1
         literal = f"int32_t({limit})" if rep == "i32" else f"INT64_C({limit})"
-        return f"ae::splat<{vector}>({literal})"
-    return f"ae::splat<{vector}>({SCALAR[rep]}({int(value)}))"
+        return words.splat(vector, literal)
+    return words.splat(vector, f"{SCALAR[rep]}({int(value)})")

@@ -1,0 +1,195 @@
+"""Plans of CUDA kernels: tiles of rows and keys, warps and stages for ``templates/sm80``.
+
+A candidate is legal where its registers and shared memory fit a block. Its price is the time of an
+SM for 1000 scores: that of the busiest resource, and of the others what its warps cannot hide.
+"""
+
+from __future__ import annotations
+
+from .arch import CUDA, CUDA_OP_COST, SHARED_RESERVED, CudaArch
+from .ir import REDUCTIONS, walk
+from .key import KernelKey
+from .plan import DeviceCost, Plan, Tensor
+from .trace import Traced
+
+MAX_HEAD_DIM = 256
+ELEMENTS = ("f16", "bf16")
+REGISTERS_OF_THREAD = 255
+# Addresses, operands on their way to a product, counters: with so many beside sums, scores, Q and
+# the states of rows, ptxas spills nothing (found with that of CUDA 13.0).
+OTHER_REGISTERS = 56
+HELD_REGISTERS = 176  # sums, scores and Q together, up to which Q stays (sm80/forward.cuh)
+LIVE_KEYS = 1024  # of a row, for estimates
+LATENCY = 900.0  # cycles from the start of a copy to its end
+MOST_TOGETHER = 3.0  # warps of a scheduler that still hide each other's waiting
+
+
+def candidates(key: KernelKey, traced: Traced, isa: str) -> list[Plan]:
+    """Every legal candidate, cheapest first. Raises NotImplementedError where there is none."""
+    arch = CUDA[isa]
+    _check(key)
+    out = []
+    for block_m in (64, 128):
+        for block_n in (32, 64, 128):
+            for warps in (4, 8):
+                for stages in (2, 3, 4):
+                    found = _candidate(key, traced, arch, block_m, block_n, warps, stages)
+                    if found is not None:
+                        out.append(found)
+    if not out:
+        raise NotImplementedError(
+            f"head_dim={key.head_dim}, value_dim={key.value_dim}: no tile fits the "
+            f"{arch.shared_bytes_of_block} bytes of shared memory of {arch.name}; split the heads"
+        )
+    return sorted(out, key=lambda p: (p.cost.total, p.shared_bytes))
+
+
+def _check(key: KernelKey) -> None:
+    if key.element not in ELEMENTS:
+        raise NotImplementedError(
+            f"dtype={key.element}: sm_80 templates support float16 and bfloat16; cast q, k and v "
+            "with .half() or .bfloat16(), or use CPU tensors (.cpu())"
+        )
+    for name, value in (("head_dim", key.head_dim), ("value_dim", key.value_dim)):
+        if not 1 <= value <= MAX_HEAD_DIM:
+            raise NotImplementedError(
+                f"{name}={value}: sm_80 templates support 1 <= D, Dv <= {MAX_HEAD_DIM}; "
+                "use CPU tensors (.cpu()) or split the heads"
+            )
+
+
+def pitch(width: int) -> int:
+    """Elements from one row of a shared tile to the next (SharedTile in sm80/tile.cuh): where rows
+    are no multiple of 128 bytes, an odd number of 16-byte chunks."""
+    chunks = _round(width, 16) // 8
+    return 8 * (chunks if chunks % 8 == 0 else chunks + 1)
+
+
+def shared_bytes(d: int, dv: int, block_m: int, block_n: int, stages: int) -> int:
+    """Dynamic shared memory of a block; the template static_asserts the same total."""
+    return 2 * (block_m * pitch(d) + stages * block_n * (pitch(d) + pitch(dv)))
+
+
+def registers(d: int, dv: int, block_m: int, block_n: int, warps: int, states: int) -> int:
+    """An estimate of a thread's registers; ptxas decides."""
+    blocks = block_m // warps // 16  # of 16 rows
+    sums, scores = blocks * _round(dv, 16) // 2, blocks * block_n // 2
+    held = 4 * blocks * _round(d, 16) // 16
+    if held > 32 or sums + scores + held > HELD_REGISTERS:
+        held = 4 * blocks
+    return sums + scores + held + 2 * blocks * (1 + states) + OTHER_REGISTERS
+
+
+def _candidate(
+    key: KernelKey,
+    traced: Traced,
+    arch: CudaArch,
+    block_m: int,
+    block_n: int,
+    warps: int,
+    stages: int,
+) -> Plan | None:
+    d, dv = key.head_dim, key.value_dim
+    rows = block_m // warps
+    if rows not in (16, 32):
+        return None
+    bytes_of_block = shared_bytes(d, dv, block_m, block_n, stages)
+    estimate = registers(d, dv, block_m, block_n, warps, len(traced.row.init))
+    if bytes_of_block > arch.shared_bytes_of_block or estimate > REGISTERS_OF_THREAD:
+        return None
+    threads = 32 * warps
+    blocks = min(
+        arch.registers // (_round(estimate, 8) * threads),
+        arch.shared_bytes // (bytes_of_block + SHARED_RESERVED),
+        arch.threads // threads,
+    )
+    cost = _cost(key, traced, arch, block_m, block_n, warps, stages, blocks)
+    dp, dvp = _round(d, 16), _round(dv, 16)
+    tensors = (
+        Tensor("Q", block_m, d, "shared", 2 * block_m * pitch(d)),
+        Tensor("K", block_n, d, "shared", 2 * block_n * pitch(d), stages),
+        Tensor("V", block_n, dv, "shared", 2 * block_n * pitch(dv), stages),
+        Tensor("scores", block_m, block_n, "registers", 4 * block_m * block_n),
+        Tensor("output", block_m, dv, "registers", 4 * block_m * dvp),
+        Tensor(
+            "state", block_m, max(1, len(traced.row.init)), "registers",
+            4 * block_m * max(1, len(traced.row.init)),
+        ),
+    )  # fmt: skip
+    reasons = (
+        f"{warps} warps of {rows} rows: each reads a tile of K and V of "
+        f"{2 * block_n * (dp + dvp)} bytes for itself",
+        f"about {estimate} of {REGISTERS_OF_THREAD} registers of a thread",
+        f"{bytes_of_block} of {arch.shared_bytes_of_block} bytes of shared memory: {blocks} "
+        f"block{'s' if blocks > 1 else ''} of an SM at a time",
+        "rows of a group share tiles" if not key.group_varies else
+        "the mask depends on the head: a tile has rows of one head",
+    )  # fmt: skip
+    return Plan(
+        key.kind, f"cuda:{arch.name}", key.element, "f32", key.element, d, dv, block_m, block_n,
+        pack_group=not key.group_varies, split_kv=False, partition="tiles", virtual_workers=0,
+        scratch_bytes=0, tensors=tensors, cost=cost, reasons=reasons,
+        warps=warps, stages=stages, shared_bytes=bytes_of_block,
+    )  # fmt: skip
+
+
+def pointwise(traced: Traced) -> tuple[float, float]:
+    """Instructions of one score: on the arithmetic units, and on that of exp2."""
+    row = traced.row
+    roots = [row.weights_online, row.factor, *row.new_state.values()]
+    if traced.score is not None:
+        roots.append(traced.score)
+    plain, special = 1.5, 0.0  # the scale, and half of the rounding of two weights
+    for n in walk(roots):
+        if n.op in REDUCTIONS:
+            plain += 1.0
+        elif n.vec and n.op not in ("input", "const", "cast", "detach", "splat"):
+            more, exps = CUDA_OP_COST.get(n.op, (1.0, 0.0))
+            plain, special = plain + more, special + exps
+    return plain, special
+
+
+def _cost(
+    key: KernelKey,
+    traced: Traced,
+    arch: CudaArch,
+    block_m: int,
+    block_n: int,
+    warps: int,
+    stages: int,
+    blocks: int,
+) -> DeviceCost:
+    d, dv = _round(key.head_dim, 16), _round(key.value_dim, 16)
+    scores = block_m * block_n
+    plain, special = pointwise(traced)
+    reductions = sum(n.op in REDUCTIONS for n in walk(list(traced.row.new_state.values())))
+
+    tensor = scores * (d + dv) / arch.tensor_fma
+    exp = scores * special / arch.exp
+    # Sums are scaled once a tile; a reduction of a row takes two exchanges, 8 rows at a time.
+    alu = (scores * plain + block_m * dv) / arch.fma + block_m / 8 * 2 * reductions
+    tile = 2.0 * block_n * (d + dv)
+    held = 4 * (block_m // warps // 16) * d // 16 <= 32
+    shared = (tile * (1 + warps) + (0 if held else 2 * block_m * d)) / arch.shared_bytes_per_cycle
+    memory = (tile + 2 * block_m * (d + dv) * block_n / LIVE_KEYS) / arch.l2_bytes_per_cycle
+    # The warps of a scheduler overlap one's products with another's functions, up to a point;
+    # copies from the L2 cache run beside both.
+    parts = (tensor, exp, alu, shared)
+    together = min(MOST_TOGETHER, blocks * warps / arch.schedulers)
+    busy = max(memory, max(parts) + (sum(parts) - max(parts)) / (1 + together))
+    # Every tile: a barrier and the start of the next copies, hidden by other blocks; and what the
+    # copies need beyond the tiles that are computed meanwhile.
+    exposed = max(0.0, LATENCY - (stages - 1) * blocks * busy)
+    overhead = (150.0 + exposed) / blocks
+    # Where a mask's edge crosses a tile, half of it is computed for nothing.
+    if traced.mask is not None:
+        overhead += (block_m + block_n) / 2 / LIVE_KEYS * busy
+    unit = 1000.0 / scores
+    return DeviceCost(
+        tensor * unit, exp * unit, alu * unit, shared * unit, memory * unit, overhead * unit,
+        (busy + overhead) * unit,
+    )  # fmt: skip
+
+
+def _round(x: int, to: int) -> int:
+    return -(-x // to) * to
