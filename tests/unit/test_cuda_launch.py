@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import pathlib
+import re
 import shutil
 import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -154,6 +157,67 @@ def test_a_machine_without_a_driver():
     assert library.driver_name() == "none"
     with pytest.raises(RuntimeError, match="no CUDA driver on this machine.*use CPU tensors"):
         library.device_capability(0)
+
+
+DRIVER_FUNCTIONS = """
+int cuDeviceGetCount(int* n) { return *n = 2, 0; }
+int cuDeviceGet(int* device, int i) { return *device = i, 0; }
+int cuDeviceGetAttribute(int* x, int which, int i) { return *x = which == 75 ? 9 - i : 0, 0; }
+int cuGetErrorString(int code, const char** text) { return *text = "no device", 0; }
+"""
+
+
+@requires_no_gpu
+@pytest.mark.compiles
+@pytest.mark.parametrize(
+    "broken, expected",
+    [
+        ("", ["cuda", "90", "80", "attnengine: there is no device cuda:2; the driver shows 2"]),
+        (
+            "cuLaunchKernelEx",
+            ["none", "no cuLaunchKernelEx: it is older than CUDA 12.0; update it"],
+        ),
+        ("cuInit", ["none", "cannot be initialized: no device (CUDA driver error 100)"]),
+    ],
+)
+def test_the_driver_of_the_machine(tmp_path, broken, expected):
+    """Every function is found in libcuda.so.1, which here answers as a driver of two GPUs."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    names = set(
+        re.findall(r'"(cu[A-Z]\w+)"', (HERE.parents[1] / "csrc/driver_table.cpp").read_text())
+    )
+    assert len(names) > 20
+    rest = {n for n in names if f" {n}(" not in DRIVER_FUNCTIONS and n != broken}
+    text = DRIVER_FUNCTIONS + "".join(f"int {n}() {{ return 0; }}\n" for n in sorted(rest))
+    if broken == "cuInit":
+        text += "int cuInit(int flags) { return 100; }\n"
+    (tmp_path / "driver.c").write_text(text)
+    library_file = tmp_path / "libcuda.so.1"
+    command = [compiler, "-shared", "-fPIC", tmp_path / "driver.c", "-o", library_file]
+    subprocess.run(command, check=True)
+    say = """
+from attnengine import library
+print(library.driver_name())
+for i in range(3):
+    try:
+        print(library.device_capability(i))
+    except RuntimeError as error:
+        print(error)
+"""
+    paths = {"LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": str(library.PACKAGE.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", say],
+        env={**os.environ, **paths},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4
+    assert all(want in got for want, got in zip(expected, lines, strict=False)), done.stdout
 
 
 def test_cpu_tensors_need_a_simulator(kernel):
