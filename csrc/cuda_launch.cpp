@@ -18,6 +18,9 @@ constexpr int64_t kMaxParamBytes = 32764;  // of a kernel's parameters, from com
 constexpr int64_t kMaxBlocks = std::numeric_limits<int32_t>::max();  // of a grid's x dimension
 constexpr int64_t kTableBlocks = 1 << 16;  // enough for every device; blocks take several units
 constexpr unsigned int kTableThreads = 128;
+// Results that a call gives when a kernel launched before has failed: AE_CU_LAUNCH_FAILED and its
+// kin, from illegal addresses on.
+constexpr ae_cu_result kFirstFault = 700, kLastFault = AE_CU_LAUNCH_FAILED;
 
 // As laid out by KernelParams<N>; every part is a multiple of 8 bytes.
 constexpr int64_t kCapturesAt = sizeof(ae_params);
@@ -98,11 +101,17 @@ class Launcher {
   }
 
   void check(ae_cu_result error, const char* call) const {
-    if (error == AE_CU_SUCCESS) [[likely]]
-      return;
+    if (error == AE_CU_SUCCESS) return;
+    std::string hint;
+    if (error >= kFirstFault && error <= kLastFault && !device_.simulated() &&
+        !sync_debug.load(std::memory_order_relaxed)) {
+      hint =
+          "; this or an earlier kernel of any library is at fault: ATTNENGINE_SYNC_DEBUG=1 makes "
+          "each launch of attnengine report its own";
+    }
     throw std::runtime_error("attnengine: kernel " + std::string(kernel_.info().info.key) + " on " +
                              device_.name + ": " + call +
-                             " failed: " + driver_error(driver_, error));
+                             " failed: " + driver_error(driver_, error) + hint);
   }
 
   void report(int32_t fault) const {
