@@ -12,7 +12,7 @@ constexpr int kTableThreads = 128;
 template <class Key>
 __device__ inline void build_coarse_block(const BlockTable& t, const ae_capture& c, int64_t unit) {
   __shared__ Key low[iv::kFan], high[iv::kFan];
-  const Encoding e = encoding(c.dtype);
+  const iv::Encoding e = encoding(c.dtype);
   const int64_t row = unit / t.coarse, coarse = unit % t.coarse;
   int64_t offset = 0;
   for (int64_t d = c.rank - 1, rest = row; d >= 0; --d) {
@@ -29,14 +29,14 @@ __device__ inline void build_coarse_block(const BlockTable& t, const ae_capture&
   for (int i = threadIdx.x; i < count; i += kTableThreads) {
     const int64_t first = (begin + i) * iv::kBlock;
     const int64_t end = first + iv::kBlock < t.size ? first + iv::kBlock : t.size;
-    KeyRange<Key> r;
-    fold_elements<Key>(c.data, offset + first * stride, end - first, stride, e, r);
+    iv::KeyRange<Key> r;
+    iv::fold_elements<Key>(c.data, offset + first * stride, end - first, stride, e, r);
     lo[begin + i] = low[i] = r.lo;
     hi[begin + i] = high[i] = r.hi;
   }
   __syncthreads();
   if (threadIdx.x == 0) {
-    KeyRange<Key> all;
+    iv::KeyRange<Key> all;
     for (int i = 0; i < count; ++i) {
       all = {low[i] < all.lo ? low[i] : all.lo, high[i] > all.hi ? high[i] : all.hi};
     }
@@ -51,7 +51,7 @@ __device__ inline void build_tables_device(const KernelParams<N>& params) {
     const BlockTable& t = params.tables[i];
     if (t.keys == nullptr) continue;
     for (int64_t unit = blockIdx.x; unit < t.rows * t.coarse; unit += gridDim.x) {
-      switch (encoding(params.cap[i].dtype).bytes) {
+      switch (iv::encoding(params.cap[i].dtype).bytes) {
         case 1:
           build_coarse_block<int8_t>(t, params.cap[i], unit);
           break;
