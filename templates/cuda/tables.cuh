@@ -12,7 +12,7 @@ constexpr int kTableThreads = 128;
 template <class Key>
 __device__ inline void build_coarse_block(const BlockTable& t, const ae_capture& c, int64_t unit) {
   __shared__ Key low[iv::kFan], high[iv::kFan];
-  const iv::Encoding e = encoding(c.dtype);
+  const iv::Encoding e = iv::encoding(c.dtype);
   const int64_t row = unit / t.coarse, coarse = unit % t.coarse;
   int64_t offset = 0;
   for (int64_t d = c.rank - 1, rest = row; d >= 0; --d) {
