@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from attnengine import settings
 from attnengine.staging import templates_dir as templates_dir
 
 PACKAGE = pathlib.Path(__file__).resolve().parent
@@ -48,6 +49,7 @@ def _load() -> Any:
     torch.ops.load_library(str(OPS_LIBRARY))
     from attnengine import _host
 
+    _host.set_sync_debug(settings.sync_debug())
     return _host
 
 
