@@ -79,7 +79,7 @@ def _called(
             "this processor has (--target cpu:ISA); attnengine.prebuild.Request is compiled for any"
         )
     requests: list[Request] = []
-    with settings.exported({"ATTNENGINE_ISA": isas[0]}), build.collecting() as used:
+    with settings.exported_isa({"ATTNENGINE_ISA": isas[0]}), build.collecting() as used:
         result = function()
     if isinstance(result, (list, tuple)) and result and isinstance(result[0], Request):
         requests = as_requests(result, name)

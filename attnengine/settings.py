@@ -120,40 +120,51 @@ def keep_failed() -> bool:
     return _flag("ATTNENGINE_KEEP_FAILED")
 
 
-_exported = threading.Condition()
-_holders = 0
-_current: dict[str, str] = {}
-_saved: dict[str, str | None] = {}
+class _Exported:
+    """Sets environment variables for the code inside, which reads them by itself. Threads that want
+    the same values share them; one that wants others waits until they are restored. Nothing is
+    touched when the environment already agrees."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._holders = 0
+        self._current: dict[str, str] = {}
+        self._saved: dict[str, str | None] = {}
+
+    @contextmanager
+    def __call__(self, variables: dict[str, str]) -> Iterator[None]:
+        with self._changed:
+            while self._holders and variables != self._current:
+                self._changed.wait()
+            if not self._holders:
+                self._saved = {name: os.environ.get(name) for name in variables}
+                self._current = dict(variables)
+                for name, value in variables.items():
+                    if self._saved[name] != value:
+                        os.environ[name] = value
+            self._holders += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._holders -= 1
+                if not self._holders:
+                    for name, old in self._saved.items():
+                        if old is None:
+                            os.environ.pop(name, None)
+                        elif os.environ.get(name) != old:
+                            os.environ[name] = old
+                    self._changed.notify_all()
+
+    def forget(self) -> None:
+        """As in a process that holds nothing: a forked child has no other thread."""
+        self._changed, self._holders = threading.Condition(), 0
 
 
-@contextmanager
-def exported(variables: dict[str, str]) -> Iterator[None]:
-    """Sets environment variables for the code inside, which reads them by itself (torch's
-    cpp_extension). Threads that want the same values share them; one that wants others waits until
-    they are restored. Nothing is touched when the environment already agrees."""
-    global _holders, _current, _saved
-    with _exported:
-        while _holders and variables != _current:
-            _exported.wait()
-        if not _holders:
-            _saved = {name: os.environ.get(name) for name in variables}
-            _current = dict(variables)
-            for name, value in variables.items():
-                if _saved[name] != value:
-                    os.environ[name] = value
-        _holders += 1
-    try:
-        yield
-    finally:
-        with _exported:
-            _holders -= 1
-            if not _holders:
-                for name, old in _saved.items():
-                    if old is None:
-                        os.environ.pop(name, None)
-                    elif os.environ.get(name) != old:
-                        os.environ[name] = old
-                _exported.notify_all()
+exported = _Exported()
+"""Variables that torch's cpp_extension reads."""
+exported_isa = _Exported()
+"""ATTNENGINE_ISA, apart: what runs meanwhile may compile, which exports other variables."""
 
 
 def child_environment(without: tuple[str, ...] = (), **changes: str) -> dict[str, str]:
@@ -163,8 +174,8 @@ def child_environment(without: tuple[str, ...] = (), **changes: str) -> dict[str
 
 
 def _after_fork() -> None:
-    global _exported, _holders
-    _exported, _holders = threading.Condition(), 0
+    exported.forget()
+    exported_isa.forget()
 
 
 os.register_at_fork(after_in_child=_after_fork)

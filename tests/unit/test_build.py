@@ -21,10 +21,8 @@ from attnengine import build, cache, cache_upkeep, compiler, settings, staging
 from attnengine.cache import Store
 from attnengine.errors import BuildError, KernelUnavailable
 
-pytestmark = [
-    pytest.mark.compiles,
-    pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler"),
-]
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+pytestmark = [pytest.mark.compiles, needs_compiler]
 
 EXPORT = 'extern "C" __attribute__((visibility("default"))) '
 
@@ -285,6 +283,14 @@ def test_fork_during_a_build_can_build_too(work: Work) -> None:
             os._exit(status)
     assert os.waitpid(child, 0)[1] == 0
     end(work, [thread])
+
+
+def test_build_inside_an_exported_instruction_set(work: Work) -> None:
+    """What `attnengine prebuild FILE.py:NAME` does; the build exports its compiler meanwhile."""
+    with settings.exported_isa({"ATTNENGINE_ISA": "portable"}):
+        assert answer(build.module(tiny(), "portable", "x")) == 7
+        assert os.environ["ATTNENGINE_ISA"] == "portable"
+    assert "ATTNENGINE_ISA" not in os.environ
 
 
 def test_slow_compile_is_stopped(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
