@@ -19,6 +19,7 @@ import attnengine as ae
 
 from .peaks import Peaks
 from .rows import HEADINGS, Row, count_bars
+from .tables import markdown_table
 
 RESULTS = Path(__file__).with_name("results")
 NOTES = (
@@ -104,12 +105,6 @@ def table(rows: list[Row]) -> Table:
     for row in rows:
         view.add_row(*row.cells(), style=colour[row.verdict])
     return view
-
-
-def markdown_table(headings: tuple[str, ...], lines: list[tuple[str, ...]]) -> list[str]:
-    """Lines of a Markdown table."""
-    made = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
-    return made + ["| " + " | ".join(cells) + " |" for cells in lines]
 
 
 def markdown(record: Record) -> str:

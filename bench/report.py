@@ -7,8 +7,9 @@ import html
 from pathlib import Path
 
 from . import plots, speed
-from .record import NOTES, RESULTS, Record, markdown_table
+from .record import NOTES, RESULTS, Record
 from .rows import HEADINGS, Row, count_bars
+from .tables import markdown_table
 
 GROUP_TITLES = {
     "forward": "Forward against SDPA",

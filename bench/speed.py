@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .record import Record, markdown_table
+from .record import Record
 from .rows import Row, count_bars
+from .tables import markdown_table
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
