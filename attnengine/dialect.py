@@ -94,6 +94,9 @@ class Dialect:
     def more_members(self, needs_alive: bool) -> list[str]:
         return []
 
+    def exports(self, kind: str, mask_captures: int) -> list[str]:
+        return [f"AE_EXPORT_{kind.upper()}(Plan, Fn)"]
+
     # -- a tile row -----------------------------------------------------------------------------
     def open_tile_row(self) -> list[str]:
         return [
@@ -212,6 +215,10 @@ class Registers(Dialect):
 
     def more_members(self, needs_alive: bool) -> list[str]:
         return [f"  static constexpr bool kNeedsAlive = {flag(needs_alive)};"]
+
+    def exports(self, kind: str, mask_captures: int) -> list[str]:
+        tables = ["AE_EXPORT_TABLES(Plan, Fn)"] if mask_captures else []
+        return [*super().exports(kind, mask_captures), *tables]
 
     def open_tile_row(self) -> list[str]:
         return [

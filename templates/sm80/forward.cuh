@@ -38,7 +38,8 @@
 //     Interval classify(interval_env, b, h, q, k)                                with kHasMask
 //     float q_mod(env, float), k_mod, v_mod                                      with kHas*Mod
 //
-// and ends with AE_EXPORT_FORWARD(Plan, Fn).
+// and ends with AE_EXPORT_FORWARD(Plan, Fn), and AE_EXPORT_TABLES(Plan, Fn) where kMaskCaptures is
+// not 0.
 #pragma once
 #include "common/env.h"
 #include "cuda/capture.cuh"
@@ -413,15 +414,17 @@ class Forward {
 
 }  // namespace ae
 
-// ae_tables fills the block tables of the mask; the launcher calls it where there are any.
 #define AE_EXPORT_FORWARD(Plan, Fn)                                              \
-  extern "C" __global__ void __launch_bounds__(ae::kTableThreads)                \
-      ae_tables(const __grid_constant__ ae::Forward<Plan, Fn>::Params params) {  \
-    if constexpr (Fn::kMaskCaptures != 0) ae::build_tables_device(params);       \
-  }                                                                              \
   extern "C" __global__ void __launch_bounds__(ae::Forward<Plan, Fn>::kThreads)  \
       ae_forward(const __grid_constant__ ae::Forward<Plan, Fn>::Params params) { \
     extern __shared__ __align__(128) char ae_shared[];                           \
     __shared__ float out_factors[Plan::kBlockM];                                 \
     ae::Forward<Plan, Fn>(params, ae_shared).run(out_factors);                   \
+  }
+
+// Fills the block tables of the mask; the launcher calls it where there are any.
+#define AE_EXPORT_TABLES(Plan, Fn)                                              \
+  extern "C" __global__ void __launch_bounds__(ae::kTableThreads)               \
+      ae_tables(const __grid_constant__ ae::Forward<Plan, Fn>::Params params) { \
+    ae::build_tables_device(params);                                            \
   }
