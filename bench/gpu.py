@@ -173,16 +173,18 @@ class Run:
 
     def one(self, crew: Crew, job: Job, limit: float) -> None:
         """One case. When a contestant breaks the process, the others get a second try."""
-        found, rows = self.attempt(crew, job, limit), {}
+        found = self.attempt(crew, job, limit)
         if found.get("fatal") and self.deadline.allows(LEAST_S):
             rows = {name: row for name, row in found.get("rows", {}).items() if "ms" not in row}
             # Without rows it hung or died: what is new here is ours, or slow to compile.
             compiles = gpu_peers.contestants(by_name(job["name"]), True)
             default = compiles[0] if job["compiled"] else gpu_peers.OURS
             blamed = list(rows)[-1] if rows else default
-            rows = {blamed: rows.get(blamed, {"status": first_line(found)}) | {"broke": True}}
+            row = rows.get(blamed, {"status": first_line(found)})
             found = self.attempt(crew, {**job, "skip": [blamed]}, limit)
-            found = {**found, "rows": {**found.get("rows", {}), **rows}}
+            if found.get("ok") and not found.get("fatal"):  # without it, the others can run
+                row = {**row, "broke": True}
+            found = {**found, "rows": {**found.get("rows", {}), blamed: row}}
         passes = self.results.timed.setdefault(job["name"], {})
         passes["compiled" if job["compiled"] else "peers"] = found
         times = {n: f"{r['ms']:.4g} ms" for n, r in found.get("rows", {}).items() if "ms" in r}

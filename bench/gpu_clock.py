@@ -142,3 +142,15 @@ def take_turns(
         for name, start, end in marks:
             taken[name].append(watch.seconds(start, end) / calls[name])
     return {name: Samples(tuple(times)) for name, times in taken.items()}
+
+
+def host_seconds(watch: Stopwatch, run: Callable[[], object], calls: int = 20) -> float:
+    """Seconds that the host spends on a call, while the device is kept waiting."""
+    watch.finish()
+    watch.hold(5e-3)
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    spent = time.perf_counter() - start
+    watch.finish()
+    return spent / calls

@@ -148,13 +148,13 @@ def cells(name: str, passes: dict[str, Any], results: Results) -> tuple[str, ...
     for answer in passes.values():
         rows = answer.get("rows", {})
         own = rows.get(OURS, {})
-        mine = mine if "ms" in mine else own
+        mine = own if own and "ms" not in mine else mine
         for contestant, row in rows.items():
             if contestant != OURS and "ms" in row:
                 others.append((contestant, row["ms"]))
                 if "ms" in own:
                     pairs.append((row["ms"] / own["ms"], contestant, row["ms"]))
-    ours = f"{mine['ms']:.4g} ms ±{mine['spread']:.0%}" if "ms" in mine else "cannot run this yet"
+    ours = f"{mine['ms']:.4g} ms ±{mine['spread']:.0%}" if "ms" in mine else without_time(mine)
     fast = min(pairs)[1:] if pairs else min(others, key=lambda o: o[1], default=("", 0.0))
     shown = mine.get("ms") or fast[1]
     rate, share = rates(case, shown * 1e-3, results.ceilings) if shown else ("", "")
@@ -169,6 +169,15 @@ def cells(name: str, passes: dict[str, Any], results: Results) -> tuple[str, ...
         f"{min(pairs)[0]:.2f}x" if pairs else "",
         listed,
     )
+
+
+def without_time(mine: dict[str, Any]) -> str:
+    """Our cell when there is no time; the reason in full is below the table."""
+    if is_wrong(mine.get("status", "")):
+        return "WRONG OUTPUT"
+    if mine.get("broke"):
+        return "BROKE THE DEVICE"
+    return "cannot run this yet" if mine else "not timed"
 
 
 def rates(case: TimedCase, seconds: float, ceilings: dict[str, Any]) -> tuple[str, str]:

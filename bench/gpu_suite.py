@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .gpu_cases import by_name
+from .gpu_timing import is_fatal
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 LONGEST_TEXT = 3000  # characters of an error
@@ -74,7 +75,9 @@ def check(name: str, seeds: tuple[int, ...] = (0, 1), device: str = "cuda") -> d
             calls += 1
             try:
                 used = max(used, judged(case, shape, seed, device))
-            except AssertionError as error:
+            except Exception as error:  # of the gate, or of a launch
+                if is_fatal(error):
+                    raise
                 failures.append(f"{shape} seed {seed}: {error}"[:LONGEST_TEXT])
     return {
         "build_s": built - began,

@@ -9,7 +9,7 @@ import torch
 
 from . import gpu_agreement, gpu_peers
 from .gpu_cases import TimedCase, by_name
-from .gpu_clock import stopwatch, take_turns
+from .gpu_clock import host_seconds, stopwatch, take_turns
 from .gpu_machine import clocks
 
 
@@ -21,8 +21,9 @@ def measure(
     device: str = "cuda",
 ) -> dict[str, Any]:
     """Rows of a case by contestant: `status` ("ok", or why there is no time), `ms`, `spread`,
-    `distance`. `compiled`: ours against the peers that need compiling, instead of the others.
-    `fatal`: the process is of no use any more; contestants without `ms` were not timed."""
+    `distance`, and `host_us`, which the host spends on a call. `compiled`: ours against the peers
+    that need compiling, instead of the others. `fatal`: the process is of no use any more;
+    contestants without `ms` were not timed."""
     return measure_case(by_name(name), compiled, budget_s, skip, device)
 
 
@@ -51,7 +52,6 @@ def measure_case(
             runs[contestant] = run
             rows[contestant] = {"status": "ok", "distance": off}
         del first
-        before = clocks()
         if runs:
             watch = stopwatch(device)
             times = take_turns(runs, watch, budget_s * len(runs), flush=flushed(case))
@@ -60,10 +60,11 @@ def measure_case(
                     "ms": samples.median * 1e3,
                     "spread": samples.spread,
                     "rounds": len(samples.seconds),
+                    "host_us": host_seconds(watch, runs[contestant]) * 1e6,
                 }
     return {
         "case": case.name, "rows": rows, "flushed": flushed(case),
-        "clocks before": before, "clocks after": clocks(),
+        "clocks": clocks(),
     }  # fmt: skip
 
 
