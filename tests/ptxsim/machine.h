@@ -54,6 +54,7 @@ struct Operand {
   };
   Kind kind = kNone;
   bool negated = false;  // "!p"
+  uint8_t bytes = 0;     // width of a register as declared; 0: not a register
   int32_t row = -1;      // >= 0: a row of the warp; < 0 of kind kRow: constant row ~row
   int64_t offset = 0;
   std::string_view name;
@@ -79,8 +80,9 @@ struct Instr {
   // What runs it where that is not `exec`, which is then null: branches, calls, returns, exits.
   enum Control : uint8_t { kNone, kBranch, kBranchIndexed, kCall, kReturn, kExit };
   Control control = kNone;
-  int32_t file = 0, source_line = 0;  // of the CUDA source (-lineinfo); 0: not known
-  std::string_view text;              // the opcode as written, "add.rn.f32"
+  bool pair = false;      // the destination is written "d|p": op[0] is d, op[1] is p
+  int32_t location = 0;   // in the CUDA source (-lineinfo): Kernel::locations; 0: not known
+  std::string_view text;  // the opcode as written, "add.rn.f32"
 };
 
 // An opcode split at its dots: "ld.global.nc.v4.f32" -> {"ld", "global", "nc", "v4", "f32"}.
@@ -113,7 +115,8 @@ bool decode_float(const Opcode&, Instr&);    // f32 and f64 arithmetic, setp, mi
 bool decode_approx(const Opcode&, Instr&);   // ex2, lg2, rcp, rsqrt, sqrt, sin, cos, tanh, div.full
 bool decode_half(const Opcode&, Instr&);     // f16, f16x2, bf16, bf16x2 arithmetic
 bool decode_convert(const Opcode&, Instr&);  // cvt of every pair of types
-bool decode_memory(const Opcode&, Instr&);   // ld, st, ldu, prefetch, atom, red, fence, membar
+bool decode_memory(const Opcode&, Instr&);   // ld, st, ldu, prefetch, fence, membar
+bool decode_atomic(const Opcode&, Instr&);   // atom, red
 bool decode_warp(const Opcode&, Instr&);     // shfl, vote, match, redux, activemask, elect
 bool decode_matrix(const Opcode&, Instr&);   // ldmatrix, stmatrix, movmatrix, mma
 bool decode_async(const Opcode&, Instr&);    // cp.async and its groups
@@ -143,6 +146,7 @@ struct Warp {
   const uint64_t* constants = nullptr;
   Mask present = kAll;  // lanes that hold a thread: the last warp of a block may have fewer
   Mask exited = 0;      // lanes without a thread count as exited
+  Mask carry = 0;       // CC.CF of each lane
   std::vector<Group> groups;
 
   uint64_t* row(int32_t r) { return slots + int64_t{r} * kLanes; }
