@@ -6,8 +6,8 @@ uses it as it uses a GPU:
     ptxsim.seed(7)               # another order of warps, another moment for copies to land
     ptxsim.counters()            # of this thread's latest launch
 
-`run` launches a kernel of a PTX text on arrays, for tests of instructions. The library is built from
-the sources here when it is first needed."""
+`run` launches a kernel of a PTX text on arrays, for tests of instructions. The library is built
+from the sources here when it is first needed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Size = int | Sequence[int]
 
 
 class Fault(RuntimeError):
-    """A kernel did what it must not. `kind` is the report's first word: "out-of-bounds", "race"..."""
+    """A kernel did what it must not. `kind` is the report's first word, such as "race"."""
 
     def __init__(self, report: str) -> None:
         super().__init__(report)
@@ -142,9 +142,9 @@ def run(
     shared: int = 0,
     seed: int = 0,
 ) -> None:
-    """Launches a kernel. Arguments: arrays of numpy or torch (passed as addresses, and all that the
-    kernel may touch), ReadOnly arrays, numbers of numpy (int is int32, float is float32), bytes of a
-    structure. Raises Fault or Rejected."""
+    """Launches a kernel. Arguments: arrays of numpy or torch (passed as addresses, and all that
+    the kernel may touch), ReadOnly arrays, numbers of numpy (int is int32, float is float32), bytes
+    of a structure. Raises Fault or Rejected."""
     lib = library()
     regions: list[_Region] = []
     values = [_value(argument, i, regions) for i, argument in enumerate(args)]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-# Contraction would round once where PTX rounds twice. Nobody looks at floating-point exceptions, and
-# a loop that may raise them out of order is one that vectorises.
+# Contraction would round once where PTX rounds twice. Nobody looks at floating-point exceptions,
+# and a loop that may raise them out of order is one that vectorises.
 FLAGS = (
     "-std=c++20 -O2 -ftree-vectorize -march=native -ffp-contract=off -fno-math-errno "
     "-fno-trapping-math -fPIC -Wall -Wextra"
@@ -35,7 +35,8 @@ def _rules(sources: list[Path]) -> str:
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",  # into its place at once: a process may have the old one loaded
-            "  command = g++ -shared $in -o $out.new -pthread -Wl,--no-undefined && mv $out.new $out",
+            "  command = g++ -shared $in -o $out.new -pthread -Wl,--no-undefined"
+            " && mv $out.new $out",
             *(f"build {s.stem}.o: cc {s}" for s in sources),
             f"build libptxsim.so: link {objects}",
             "",
