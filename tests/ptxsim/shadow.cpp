@@ -40,7 +40,6 @@ Shadow::Shadow(Cta& cta)
       lanes_(warps_) {
   for (int l = kChunks; l <= kBytes; ++l) layers_[l].shift = 4 - 2 * l;
   layers_[kChunks].create(cta.shared_bytes, warps_);
-  layers_[kWords].create(cta.shared_bytes, warps_);
 }
 
 Shadow::~Shadow() = default;
@@ -151,12 +150,19 @@ void Shadow::access(Warp& warp, const Instr& instr, Mask mask, const uint32_t* o
 // with as a whole; returns the lanes whose access remains.
 Mask Shadow::open(int layer, Mask mask, const Actor& actor) {
   Mask remaining = mask;
-  if (layer == kBytes && layers_[kBytes].cells == 0)
-    layers_[kBytes].create(cta_.shared_bytes, warps_);
+  for (int l = kWords; l <= layer; ++l)
+    if (layers_[l].cells == 0) layers_[l].create(cta_.shared_bytes, warps_);
+  const Stamp* chunks = layers_[kChunks].write.get();
+  const uint32_t* offset = actor.offset;
+  bool whole = false;
+  each_lane(mask, [&](int l) { whole |= chunks[offset[l] / 16] != kSplit; });
+  if (whole)
+    each_lane(mask, [&](int l) {
+      if (chunks[offset[l] / 16] != kSplit) split(kChunks, offset[l] / 16);
+    });
+  if (layer == kWords) return mask;
   each_lane(mask, [&](int l) {
-    const uint32_t at = actor.offset[l];
-    if (layers_[kChunks].write[at / 16] != kSplit) split(kChunks, at / 16);
-    if (layer == kWords) return;
+    const uint32_t at = offset[l];
     const Stamp word = layers_[kWords].write[at / 4];
     if (word == kStrong) {
       Actor one = actor;

@@ -119,7 +119,7 @@ class Shadow {
 
   Cta& cta_;
   int warps_;
-  std::array<Layer, 3> layers_;  // the last is made when an access is narrower than a word
+  std::array<Layer, 3> layers_;  // made when first used
   std::unordered_map<size_t, Strong> strong_;
   std::vector<Done> done_;      // by id; id 1 stands for all that forget() dropped
   std::vector<int32_t> known_;  // [warp][other]; [warp][warp]: up to where its lanes are in order

@@ -82,7 +82,8 @@ bool Shadow::same_value(uint32_t at, int bytes, int other, const Actor& actor) c
     return uint8_t(actor.warp.in(item)[l] >> (byte % element * 8));
   };
   for (uint32_t b = at; b < at + uint32_t(bytes); ++b)
-    if (value(actor.lane, b) != value(other, b)) return false;
+    if (b - actor.offset[other] < uint32_t(actor.bytes) && value(actor.lane, b) != value(other, b))
+      return false;
   return true;
 }
 
