@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import dispatch
+from .arch import ISAS
 from .backward import apply
 from .blockmask import as_mask_mod
 from .capture import captures_of_spec
@@ -26,6 +27,7 @@ from .handle import (
 )
 from .rows import Softmax
 from .spec import AttentionSpec
+from .target import check_isa, check_target, isa_of
 
 _PLAIN = AttentionSpec()
 
@@ -55,7 +57,8 @@ def attention(
     """Fused attention of a spec, with gradients.
 
     Args:
-        q: [B, Hq, L, D]; float32, bfloat16, float16 or float64.
+        q: [B, Hq, L, D]; float32, bfloat16, float16 or float64; on a CUDA device the 16-bit two,
+            D and Dv up to 256, and no gradients.
         k: [B or 1, Hkv, S, D]; Hq must be a multiple of Hkv (grouped-query attention).
         v: [B or 1, Hkv, S, Dv].
         spec: what attention means; compiled once per meaning, dtype and head dims.
@@ -119,7 +122,7 @@ def _exported(q: Any, k: Any, v: Any, spec: AttentionSpec) -> Handle:
     Its fake tensors may be captured, so nothing is remembered on the spec.
     """
     dispatch.check_operands(q, k, v)
-    d, dv, isa = int(q.shape[3]), int(v.shape[3]), dispatch.default_isa()
+    d, dv, isa = int(q.shape[3]), int(v.shape[3]), isa_of(q)
     known = spec.__dict__.get("_handles", {}).get((q.dtype, d, dv, isa))
     if known is not None and not known.stale():
         return known
@@ -140,7 +143,7 @@ def _handle(
     gradient at the same time when ``backward``, or (None) when this call will want it."""
     dispatch.check_operands(q, k, v)
     table = spec.__dict__.setdefault("_handles", {})
-    key = (q.dtype, q.shape[3], v.shape[3], isa or dispatch.default_isa())
+    key = (q.dtype, q.shape[3], v.shape[3], isa or isa_of(q))
     handle = table.get(key)
     if handle is not None and handle.stale():  # module.to(dtype), requires_grad_(): bind again
         spec.__dict__.pop("_captures")
@@ -166,15 +169,29 @@ def compile(
     *,
     backward: bool | None = None,
     isa: str | None = None,
+    target: str | None = None,
 ) -> Handle:
     """Compile ``spec`` for the dtype and head dims of q, k, v and return the callable handle.
 
     ``backward``: compile the gradient now too; None: when q, k, v or a captured tensor requires
     grad. ``isa``: "avx512_bf16", "avx512", "avx2" or "portable" instead of this CPU's best.
+    ``target``: a CUDA architecture ("sm_80", or "sm_86" with less shared memory) instead of that of
+    the tensors' device; on CPU tensors it needs a simulator of CUDA kernels.
     Raises what :func:`attention` raises.
     """
-    if isa is not None:
-        dispatch.check_isa(isa)
+    dispatch.check_operands(q, k, v)
+    if target is not None:
+        if isa is not None:
+            raise ValueError(f"isa={isa!r} and target={target!r}: give one of them")
+        check_target(target, q)
+        isa = target
+    elif isa is not None:
+        if isa not in ISAS or q.device.type == "cuda":
+            raise ValueError(
+                f"isa={isa!r} on {q.device}: expected one of {', '.join(map(repr, ISAS))}, for CPU "
+                "tensors; target= chooses a CUDA architecture"
+            )
+        check_isa(isa)
     handle = _handle(q, k, v, spec, isa, backward)
     if backward is None:
         backward = dispatch.tensors_require_grad((q, k, v, *handle.tensors))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from attnengine import variant_call
+from attnengine.arch import CUDA
 from attnengine.doctor import size
 from attnengine.errors import AttnEngineError
 
@@ -66,7 +67,8 @@ def _parser() -> argparse.ArgumentParser:
         "MODULE:NAME, requests or a function that is run",
     )  # fmt: skip
     prebuild.add_argument(
-        "--target", default="cpu", metavar="cpu[:ISA]", help="an instruction set, or cpu:all"
+        "--target", default="cpu", metavar="TARGET,...",
+        help="cpu, cpu:ISA or cpu:all; sm80 and the like for CUDA",
     )
     prebuild.add_argument(
         "--out", type=Path, required=True, help="a folder for ATTNENGINE_AOT_PATH, or NAME.whl"
@@ -106,11 +108,22 @@ def _explain(options: Any) -> int:
     import attnengine
 
     call = variant_call.call_of(options)
-    if call.isa is None:
+    if call.isa in CUDA:  # compiled and described; it runs elsewhere
+        print(_described(call))
+    elif call.isa is None:
         print(attnengine.explain(call.spec, call.q, call.k, call.v))
     else:
         print(attnengine.compile(*call[:4], backward=False, isa=call.isa).explain())
     return 0
+
+
+def _described(call: variant_call.VariantCall) -> str:
+    from attnengine import dispatch
+    from attnengine.explain import describe
+
+    d, captures = call.q.shape[3], dispatch.captures_for(call.spec)
+    of = call.spec, captures, call.q.dtype, d, d, str(call.isa)
+    return describe(dispatch.program(*of), dispatch.pipeline(*of))
 
 
 def _plan(options: Any) -> int:

@@ -12,13 +12,13 @@ import json
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from . import build, builtin, cache, clean_thread, library, plan_cuda, serialize, settings
-from .arch import CUDA, ISAS
+from . import build, builtin, cache, clean_thread, library, plan_cuda, serialize
+from .arch import CUDA
 from .aten import Unsupported
 from .capture import Captures, captures_of_spec, stable_text
 from .derive import Derived, derive, derive_quiet
@@ -29,9 +29,13 @@ from .plan import Plan, candidates
 from .source import forward_source
 from .source_backward import backward_source
 from .spec import AttentionSpec
+from .target import default_isa, isa_of
 from .trace import Traced, trace
 
 SUPPORTED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+CUDA_SUPPORTED = (torch.bfloat16, torch.float16)
+NO_CUDA_GRADIENT = "CUDA kernels have no gradient in this version"
+MOST_CANDIDATES = 4  # tiles that are compiled before a kernel that spills registers is taken
 _MEMO_VERSION = 1
 
 
@@ -50,6 +54,7 @@ class Sources:
     key: str
     stored: int  # saved statistics in all, those for backward included
     meaning: str  # the program as text (serialize): what an exported graph carries
+    candidate: int = 0  # which forward plan: not the first where that one's kernel spills registers
 
     def to_json(self) -> str:
         return json.dumps(self.__dict__)
@@ -87,10 +92,15 @@ class Program:
     isa: str
     sources: Sources
     extra: tuple[torch.Tensor, ...]  # captured, but out of the walk's sight
+    memo: tuple[str, str] | None = None  # kind and name of the text on disk that holds the sources
     exported: bool = False  # read from a graph that another process exported
     forward_id: int = -1
     backward_id: int = -1
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.isa in CUDA
 
     def forward(self) -> int:
         if self.forward_id < 0:
@@ -101,6 +111,11 @@ class Program:
 
     def backward(self) -> int:
         if self.backward_id < 0:
+            if self.is_cuda:
+                raise NotImplementedError(
+                    f"{NO_CUDA_GRADIENT}, and q, k, v or a captured tensor requires grad: call "
+                    "under torch.no_grad(), detach() them, or use CPU tensors (.cpu())"
+                )
             if self.sources.backward is None:
                 raise RuntimeError(
                     f"this attention spec has no gradient ({self.sources.no_backward}); "
@@ -140,12 +155,42 @@ class Program:
         return text if self.isa == default_isa() else serialize.with_isa(text, self.isa)
 
     def _load(self, kind: str, source: str) -> int:
+        captures = [(rank, TORCH_DTYPES[dtype]) for dtype, rank in self.sources.captures]
         try:
+            if self.is_cuda:
+                made = self.device_module()
+                return library.load_cuda_kernel(
+                    made.ptx_path, made.cubin_path, made.manifest, captures
+                )
             path = build.module(source, self.isa, f"{kind} {self.name}")
         except KernelUnavailable as error:
             raise KernelUnavailable(error.problem, self._remedy(kind, source)) from None
-        captures = [(rank, TORCH_DTYPES[dtype]) for dtype, rank in self.sources.captures]
         return library.load_kernel(path, captures)
+
+    def device_module(self) -> build.DeviceModule:
+        """The first candidate that spills no register, or the one that spills least of a few; what
+        was chosen is remembered on disk."""
+        code, label = CUDA[self.isa].code, f"forward {self.name}"
+        made = build.device_module(self.sources.forward, code, label)
+        if made.spill_bytes == 0 or self.sources.candidate > 0:
+            return made
+        p = regenerated(serialize.load(self.sources.meaning), self.isa)
+        tried = {_tile(p.forward_plans[0])}
+        chosen = self.sources
+        for i, plan in enumerate(p.forward_plans):
+            if _tile(plan) in tried:
+                continue
+            if made.spill_bytes == 0 or len(tried) == MOST_CANDIDATES:
+                break
+            tried.add(_tile(plan))
+            source = forward_source(p.traced, plan, p.forward_key, ())
+            other = build.device_module(source, code, label)
+            if other.spill_bytes < made.spill_bytes:
+                made, chosen = other, replace(self.sources, forward=source, candidate=i)
+        self.sources = chosen
+        if self.memo is not None:
+            cache.text_put(*self.memo, chosen.to_json())
+        return made
 
     def _remedy(self, kind: str, source: str) -> str:
         meaning = serialize.load(self.sources.meaning)
@@ -161,6 +206,10 @@ class Program:
                 "that loads its file and calls it"
             )
         return text
+
+
+def _tile(plan: Plan) -> tuple[int, int, int]:
+    return plan.block_m, plan.block_n, plan.warps
 
 
 _programs: dict[tuple, Program] = {}
@@ -227,9 +276,6 @@ def _after_trace(traced: Traced, element: torch.dtype, d: int, dv: int, isa: str
     return Pipeline(traced, derived, quiet, why, fkey, bkey, fplans, bplans, sources)
 
 
-NO_CUDA_GRADIENT = "CUDA kernels have no gradient in this version"
-
-
 def _cuda_pipeline(
     traced: Traced, element: str, d: int, dv: int, isa: str, meaning: str
 ) -> Pipeline:
@@ -241,20 +287,6 @@ def _cuda_pipeline(
         traced.positions, key.captures, (), 0, key.digest(), len(stats), meaning,
     )  # fmt: skip
     return Pipeline(traced, None, None, NO_CUDA_GRADIENT, key, None, plans, [], sources)
-
-
-def default_isa() -> str:
-    return settings.isa_override() or library.cpu_isa()
-
-
-def check_isa(isa: str) -> None:
-    """Raises ValueError unless ``isa`` is known and this CPU runs it."""
-    best = ISAS.index(library.cpu_isa())
-    if isa not in ISAS or ISAS.index(isa) < best:
-        raise ValueError(
-            f"isa={isa!r}: this CPU runs {', '.join(repr(i) for i in ISAS[best:])}; "
-            "isa=None chooses the best"
-        )
 
 
 def program(
@@ -288,17 +320,20 @@ def _made(
         text = cache.text_get("trace", memo)
         if text is not None:
             statistics.from_disk += 1
-            return Program(label, element, isa, Sources.from_json(text), ())
+            known = Sources.from_json(text)
+            return Program(label, element, isa, known, (), memo=("trace", memo))
     stages = pipeline(spec, captures, element, d, dv, isa)
     statistics.traced += 1
-    known = len(captures.tensors)
+    n = len(captures.tensors)
     hidden = [t for t, at in zip(stages.traced.captures, stages.traced.positions, strict=True)
-              if at >= known]  # fmt: skip
-    if memo is not None and not hidden:
-        cache.text_put("trace", memo, stages.sources.to_json())
-    order = sorted(at for at in stages.traced.positions if at >= known)
+              if at >= n]  # fmt: skip
+    place = ("trace", memo) if memo is not None and not hidden else None
+    if place is not None:
+        cache.text_put(*place, stages.sources.to_json())
+    order = sorted(at for at in stages.traced.positions if at >= n)
     by_position = dict(zip(stages.traced.positions, stages.traced.captures, strict=True))
-    return Program(label, element, isa, stages.sources, tuple(by_position[at] for at in order))
+    extra = tuple(by_position[at] for at in order)
+    return Program(label, element, isa, stages.sources, extra, memo=place)
 
 
 _generator_text: str | None = None
@@ -342,14 +377,15 @@ def check_operands(q: Any, k: Any, v: Any) -> None:
             f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}; "
             "move them with .to()"
         )
-    if q.device.type == "cuda":
-        raise NotImplementedError(
-            f"q is on {q.device}; CUDA kernels are not in this version: use CPU tensors (.cpu())"
-        )
     if not q.dtype == k.dtype == v.dtype or q.dtype not in SUPPORTED:
         raise TypeError(
             f"q, k and v must share one dtype, got {q.dtype}, {k.dtype}, {v.dtype}; supported are "
             "torch.float32, torch.float64, torch.bfloat16 and torch.float16: cast with .to()"
+        )
+    if q.device.type == "cuda" and q.dtype not in CUDA_SUPPORTED:
+        raise NotImplementedError(
+            f"q is {q.dtype} on {q.device}; CUDA kernels support torch.float16 and torch.bfloat16: "
+            "cast q, k and v with .half() or .bfloat16(), or use CPU tensors (.cpu())"
         )
     if q.shape[3] != k.shape[3]:
         raise ValueError(
@@ -373,7 +409,7 @@ def resolve(
     """The program of ``spec`` for these operands, and its captured tensors in kernel order."""
     check_operands(q, k, v)
     captures = captures_for(spec)
-    made = program(spec, captures, q.dtype, q.shape[3], v.shape[3], isa or default_isa())
+    made = program(spec, captures, q.dtype, q.shape[3], v.shape[3], isa or isa_of(q))
     return made, bound_tensors(made, captures)
 
 

@@ -7,6 +7,7 @@ Index arithmetic is 64-bit in meaning; where intervals prove that it fits, it is
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 
 from .ir import FLOATS, INTS, Node, const_value, walk
@@ -257,7 +258,10 @@ class Emitter:
         c = float(const_value(x.args[1]))
         if not 1e-30 < abs(c) < 1e30:
             return None
-        return f"ae::mul({self.as_rep(x.args[0], 'f32')}, {float_literal(1 / c, 'f32')})"
+        return f"ae::mul({self.as_rep(x.args[0], 'f32')}, {self._reciprocal(c)})"
+
+    def _reciprocal(self, c: float) -> str:
+        return float_literal(1 / c, "f32")
 
     def _narrowed(self, text: str, inner: str, rep: str, n: Node) -> str:
         if inner != rep:
@@ -345,6 +349,9 @@ class DeviceEmitter(Emitter):
         if x.op == "add" and b.vec:
             a, b = b, a
         return (a, b, x.op == "add") if a.vec and not b.vec else None
+
+    def _reciprocal(self, c: float) -> str:  # rounded here: nvcc warns of digits that get lost
+        return float_literal(struct.unpack("f", struct.pack("f", 1 / c))[0], "f32")
 
     def _only_raw(self, n: Node, root: Node) -> bool:
         return super()._only_raw(n, root) or (n is not root and self._minus_row(n) is not None)

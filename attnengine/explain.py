@@ -42,9 +42,10 @@ def describe(program: Program, p: Pipeline) -> str:
         for s in (*d.scatters, *d.row_scatters):
             kind = "per key" if s.value.vec else "per row"
             out.append(f"gradient of capture {s.capture}: {kind}")
+    chosen = {"forward": program.sources.candidate, "backward": 0}
     for kind, plans in (("forward", p.forward_plans), ("backward", p.backward_plans)):
         if plans:
-            out += ["", f"== {kind} plan ==", *_plans(plans)]
+            out += ["", f"== {kind} plan ==", *_plans(plans, chosen[kind])]
     out += ["", "== forward source ==", program.sources.forward]
     if program.sources.backward is not None:
         out += ["== backward source ==", program.sources.backward]
@@ -63,15 +64,17 @@ def describe_plans(p: Pipeline) -> str:
     return "\n".join(out + (_plans(p.backward_plans) or [f"none: {p.no_backward}"]))
 
 
-def _plans(plans: list[Plan]) -> list[str]:
+def _plans(plans: list[Plan], chosen: int = 0) -> list[str]:
     if not plans:
         return []
     lines = _device_candidates(plans) if plans[0].warps else _candidates(plans)
-    best = plans[0]
+    best = plans[chosen]
     shape = f"{best.block_m} x {best.block_n}"
     if best.warps:
         shape += f", {best.warps} warps, {best.stages} stages"
     lines.append(f"chosen: {shape} on {best.target}, {best.partition}")
+    if chosen > 0:
+        lines.append("  because cheaper ones spill registers")
     lines += [f"  because {r}" for r in best.reasons]
     for t in best.tensors:
         stages = f" x {t.stages} stages" if t.stages > 1 else ""

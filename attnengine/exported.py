@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import cache, dispatch, serialize
 from .dispatch import Program, Sources
 from .ir import DTYPE_NAMES
+from .target import check_isa, default_isa
 
 _read: dict[str, Program] = {}
 _reading = threading.Lock()
@@ -35,16 +36,17 @@ def program_of(text: str) -> Program:
 
 def _generated(text: str) -> Program:
     meaning = serialize.load(text)
-    isa = meaning.isa or dispatch.default_isa()
+    isa = meaning.isa or default_isa()
     if meaning.isa is not None:
-        dispatch.check_isa(isa)
+        check_isa(isa)
     element = meaning.element
     label = f"exported {DTYPE_NAMES[element]} D{meaning.head_dim}x{meaning.value_dim} {isa}"
     memo = hashlib.sha256(f"{dispatch.generator()}{isa} {text}".encode()).hexdigest()
     known = cache.text_get("export", memo)
     if known is not None:
         dispatch.statistics.from_disk += 1
-        return Program(label, element, isa, Sources.from_json(known), (), exported=True)
+        sources = Sources.from_json(known)
+        return Program(label, element, isa, sources, (), memo=("export", memo), exported=True)
     try:
         sources = dispatch.regenerated(meaning, isa).sources
     except (KeyError, IndexError, AssertionError, AttributeError) as error:
@@ -53,7 +55,7 @@ def _generated(text: str) -> Program:
             "damaged: export the model again"
         ) from error
     cache.text_put("export", memo, sources.to_json())
-    return Program(label, element, isa, sources, (), exported=True)
+    return Program(label, element, isa, sources, (), memo=("export", memo), exported=True)
 
 
 def module_tensors(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

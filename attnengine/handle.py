@@ -96,7 +96,10 @@ class Handle:
         self.scale = abs(self.scale) or 1.0
         self.id = program.forward()
         self.trainable = [i for i in program.sources.grads if tensors[i].requires_grad]
-        self.capture_grads = bool(self.trainable)
+        # A CUDA kernel has no gradients: a captured tensor that wants one is refused when called.
+        self.capture_grads = bool(self.trainable) or (
+            program.is_cuda and any(t.requires_grad for t in self.tensors)
+        )
         grads = ".".join(map(str, program.sources.grads))
         self.key = f"{program.sources.key}/{program.isa}/{grads}"
         # Floating captures without gradient: one that is later told to require grad needs another
@@ -193,7 +196,7 @@ class Handle:
 
     @property
     def plan(self) -> Plan:
-        return self.pipeline.forward_plans[0]
+        return self.pipeline.forward_plans[self.program.sources.candidate]
 
     @property
     def backward_plan(self) -> Plan | None:

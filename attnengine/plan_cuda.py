@@ -6,6 +6,8 @@ SM for 1000 scores: that of the busiest resource, and of the others what its war
 
 from __future__ import annotations
 
+import itertools
+
 from .arch import CUDA, CUDA_OP_COST, SHARED_RESERVED, CudaArch
 from .ir import REDUCTIONS, walk
 from .key import KernelKey
@@ -18,9 +20,13 @@ REGISTERS_OF_THREAD = 255
 # Addresses, operands on their way to a product, counters: with so many beside sums, scores, Q and
 # the states of rows, ptxas spills nothing (found with that of CUDA 13.0).
 OTHER_REGISTERS = 56
+GATHER_REGISTERS = 24  # addresses and values of reads that are on their way together
 HELD_REGISTERS = 176  # sums, scores and Q together, up to which Q stays (sm80/forward.cuh)
 LIVE_KEYS = 1024  # of a row, for estimates
 LATENCY = 900.0  # cycles from the start of a copy to its end
+# What reading operands costs beyond its bytes: FlashAttention-2 loses 18 to 28 % with 8 warps of 16
+# rows where 4 warps of 32 fit.
+LDMATRIX = 1.2
 MOST_TOGETHER = 3.0  # warps of a scheduler that still hide each other's waiting
 
 
@@ -28,14 +34,12 @@ def candidates(key: KernelKey, traced: Traced, isa: str) -> list[Plan]:
     """Every legal candidate, cheapest first. Raises NotImplementedError where there is none."""
     arch = CUDA[isa]
     _check(key)
-    out = []
-    for block_m in (64, 128):
-        for block_n in (32, 64, 128):
-            for warps in (4, 8):
-                for stages in (2, 3, 4):
-                    found = _candidate(key, traced, arch, block_m, block_n, warps, stages)
-                    if found is not None:
-                        out.append(found)
+    tiles = itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))
+    most = REGISTERS_OF_THREAD
+    out = [p for t in tiles if (p := _candidate(key, traced, arch, *t, most)) is not None]
+    if not out:  # the estimate is on the safe side: the compiler tells
+        tiles = itertools.product((64, 128), (32,), (4, 8), (2,))
+        out = [p for t in tiles if (p := _candidate(key, traced, arch, *t, 2 * most)) is not None]
     if not out:
         raise NotImplementedError(
             f"head_dim={key.head_dim}, value_dim={key.value_dim}: no tile fits the "
@@ -70,14 +74,33 @@ def shared_bytes(d: int, dv: int, block_m: int, block_n: int, stages: int) -> in
     return 2 * (block_m * pitch(d) + stages * block_n * (pitch(d) + pitch(dv)))
 
 
-def registers(d: int, dv: int, block_m: int, block_n: int, warps: int, states: int) -> int:
-    """An estimate of a thread's registers; ptxas decides."""
+def registers(
+    d: int, dv: int, block_m: int, block_n: int, warps: int, row_values: int = 3, gathers: int = 0
+) -> int:
+    """An estimate of a thread's registers; ptxas decides. ``row_values``: of each row, those that
+    the functors keep; ``gathers``: how many reads of captured tensors there are for a key."""
     blocks = block_m // warps // 16  # of 16 rows
     sums, scores = blocks * _round(dv, 16) // 2, blocks * block_n // 2
     held = 4 * blocks * _round(d, 16) // 16
     if held > 32 or sums + scores + held > HELD_REGISTERS:
         held = 4 * blocks
-    return sums + scores + held + 2 * blocks * (1 + states) + OTHER_REGISTERS
+    return (
+        sums + scores + held + 2 * blocks * row_values + OTHER_REGISTERS
+        + (GATHER_REGISTERS if gathers else 0)
+    )  # fmt: skip
+
+
+def row_values(traced: Traced) -> tuple[int, int]:
+    """How many values of each row a thread keeps: running states, the factor, and what mask and
+    score read of the row; and how many reads of captured tensors there are for a key."""
+    kept = 1 + len(traced.row.init)
+    roots = [n for n in (traced.mask, traced.score) if n is not None]
+    nodes = list(walk(roots))
+    gathers = sum(n.vec and n.op == "gather" for n in nodes)
+    fixed = {
+        a.id for n in nodes if n.vec for a in n.args if not a.vec and a.op not in ("const", "splat")
+    }
+    return kept + len(fixed), gathers
 
 
 def _candidate(
@@ -88,18 +111,19 @@ def _candidate(
     block_n: int,
     warps: int,
     stages: int,
+    most_registers: int,
 ) -> Plan | None:
     d, dv = key.head_dim, key.value_dim
     rows = block_m // warps
     if rows not in (16, 32):
         return None
     bytes_of_block = shared_bytes(d, dv, block_m, block_n, stages)
-    estimate = registers(d, dv, block_m, block_n, warps, len(traced.row.init))
-    if bytes_of_block > arch.shared_bytes_of_block or estimate > REGISTERS_OF_THREAD:
+    estimate = registers(d, dv, block_m, block_n, warps, *row_values(traced))
+    if bytes_of_block > arch.shared_bytes_of_block or estimate > most_registers:
         return None
     threads = 32 * warps
     blocks = min(
-        arch.registers // (_round(estimate, 8) * threads),
+        arch.registers // (_round(min(estimate, REGISTERS_OF_THREAD), 8) * threads),
         arch.shared_bytes // (bytes_of_block + SHARED_RESERVED),
         arch.threads // threads,
     )
@@ -171,6 +195,7 @@ def _cost(
     tile = 2.0 * block_n * (d + dv)
     held = 4 * (block_m // warps // 16) * d // 16 <= 32
     shared = (tile * (1 + warps) + (0 if held else 2 * block_m * d)) / arch.shared_bytes_per_cycle
+    shared *= LDMATRIX
     memory = (tile + 2 * block_m * (d + dv) * block_n / LIVE_KEYS) / arch.l2_bytes_per_cycle
     # The warps of a scheduler overlap one's products with another's functions, up to a point;
     # copies from the L2 cache run beside both.

@@ -5,11 +5,13 @@ import ast
 import importlib
 from typing import Any, NamedTuple
 
+from attnengine.arch import CUDA
 from attnengine.settings import ISAS
 
 
 class VariantCall(NamedTuple):
-    """``spec`` on q [B, H, L, D] and k, v [B, Hkv, S, D]; ``isa`` None: this processor's best."""
+    """``spec`` on q [B, H, L, D] and k, v [B, Hkv, S, D]; ``isa`` None: this processor's best; a
+    CUDA architecture where one was asked for."""
 
     spec: Any
     q: Any
@@ -30,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32", "fp64"), default="bf16")
     parser.add_argument("--isa", choices=ISAS, help="default: the best of this processor")
+    parser.add_argument(
+        "--target", type=_target, help=f"a CUDA architecture instead: {', '.join(CUDA)}"
+    )
 
 
 def call_of(options: Any, device: str = "cpu") -> VariantCall:
@@ -55,7 +60,15 @@ def call_of(options: Any, device: str = "cpu") -> VariantCall:
         raise ValueError(f"--kv-length={kv_length}: expected a number >= 0")
     q = torch.randn(q_size, dtype=dtype, device=device)
     k, v = (torch.randn(kv_size, dtype=dtype, device=device) for _ in "kv")
-    return VariantCall(_spec(options.variant, options.settings), q, k, v, options.isa)
+    isa = options.target or options.isa
+    return VariantCall(_spec(options.variant, options.settings), q, k, v, isa)
+
+
+def _target(text: str) -> str:
+    name = text if "_" in text else text.replace("sm", "sm_", 1)
+    if name not in CUDA:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(CUDA)}")
+    return name
 
 
 def _spec(name: str, settings: list[str]) -> Any:

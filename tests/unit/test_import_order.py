@@ -24,7 +24,7 @@ STAGES: dict[str, tuple[str, ...]] = {
         "compiler", "cutlass", "nvcc", "ptx", "staging", "build",
     ),
     "run": (
-        "library", "masks", "memory", "builtin", "dispatch", "exported", "explain", "ops",
+        "library", "masks", "memory", "builtin", "target", "dispatch", "exported", "explain", "ops",
         "backward", "handle", "api",
     ),
     "faces": (
