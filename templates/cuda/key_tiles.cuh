@@ -1,6 +1,6 @@
-// The tiles of keys that a thread block visits: each lane classifies one tile of the mask, and the
-// warp keeps the votes of 32 of them in two registers. Every warp of the block comes to the same
-// answer by itself, so that nothing is stored and nobody waits.
+// The tiles of keys that a thread block visits. Before anything else its warps classify them with
+// the mask's intervals, 32 per vote, and leave two bits of each in shared memory: the loop over the
+// keys then reads one word for 32 tiles.
 #pragma once
 #include "common/host_device.h"
 #include "common/segments.h"
@@ -8,10 +8,18 @@
 
 namespace ae {
 
+// One entry stands for 2^shift tiles: more than one only beyond kEntries tiles (524288 keys in
+// tiles of 64), where tiles of one entry share its class.
+struct KeyTileClasses {
+  static constexpr int kEntries = 8192;
+  uint32_t live[kEntries / 32];  // not empty
+  uint32_t full[kEntries / 32];  // the mask holds for every pair
+};
+
 // A tile of keys that is not empty; none: index < 0.
 struct KeyTile {
   int index;
-  bool full;  // the mask holds for every pair
+  bool full;
 };
 
 template <class Plan, class Fn>
@@ -19,71 +27,101 @@ class KeyTiles {
   static constexpr int kBlockN = Plan::kBlockN;
 
  public:
-  // For the rows of this thread block.
-  template <class Params>
-  __device__ __forceinline__ KeyTiles(const Params& params, int lane)
-      : p_(params.p),
-        env_{params.cap, params.p.S, params.p.L, Fn::kMaskCaptures != 0 ? params.tables : nullptr,
-             Fn::kCaptures},
-        lane_(lane),
-        tiles_(int((params.p.S + kBlockN - 1) / kBlockN)) {}
+  __device__ __forceinline__ KeyTiles(const ae_params& p, const KeyTileClasses& classes)
+      : classes_(classes), tiles_(int((p.S + kBlockN - 1) / kBlockN)) {}
 
-  // The next tile in order. All lanes of the warp call it together.
+  // The next tile in order: the same in every thread.
   __device__ __forceinline__ KeyTile next() {
     if constexpr (!Fn::kHasMask) {
       return next_ < tiles_ ? KeyTile{next_++, true} : KeyTile{-1, true};
     } else {
+      const int shift = shift_of(tiles_);
       while (live_ == 0) {
-        if (!refill()) return {-1, true};
+        if (next_ << shift >= tiles_) return {-1, true};
+        live_ = classes_.live[next_ / 32];
+        full_ = classes_.full[next_ / 32];
+        next_ += 32;
       }
       const int bit = __ffs(int(live_)) - 1;
-      live_ &= live_ - 1;
-      return {first_ + bit, (full_ >> bit & 1) != 0};
+      const int tile = ((next_ - 32 + bit) << shift) + within_;
+      if (++within_ >> shift != 0 || tile + 1 == tiles_) {
+        live_ &= live_ - 1;
+        within_ = 0;
+      }
+      return {tile, (full_ >> bit & 1) != 0};
+    }
+  }
+
+  // Fills `classes` for the rows of this thread block, with all its threads; the caller
+  // synchronises.
+  template <class Params>
+  __device__ static __forceinline__ void classify(const Params& params, KeyTileClasses& classes) {
+    if constexpr (Fn::kHasMask) {
+      const Classifier<Params> classifier(params);
+      const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+      const int words = (classifier.entries + 31) / 32;
+      for (int first = 0; first < words; first += 32) {
+        // 32 words at once: long stretches that are empty or full take one vote for 1024 entries.
+        const int32_t c = classifier(32 * (first + lane), 32);
+        const uint32_t some = __ballot_sync(~0u, c != AE_TILE_EMPTY);
+        const uint32_t all = __ballot_sync(~0u, c == AE_TILE_FULL);
+#pragma unroll 1
+        for (int i = warp; i < 32 && first + i < words; i += Plan::kWarps) {
+          uint32_t live = 0, full = 0;
+          if ((all >> i & 1) != 0) {
+            live = full = ~0u;
+          } else if ((some >> i & 1) != 0) {
+            const int32_t own = classifier(32 * (first + i) + lane, 1);
+            live = __ballot_sync(~0u, own != AE_TILE_EMPTY);
+            full = __ballot_sync(~0u, own == AE_TILE_FULL);
+          }
+          if (lane == 0) {
+            const int left = classifier.entries - 32 * (first + i);
+            const uint32_t exist = left < 32 ? (1u << left) - 1 : ~0u;
+            classes.live[first + i] = live & exist;
+            classes.full[first + i] = full & exist;
+          }
+        }
+      }
     }
   }
 
  private:
-  // Groups of 32 tiles are classified 32 at a time first, so that long empty or full stretches cost
-  // one vote for 1024 tiles.
-  __device__ __forceinline__ bool refill() {
-    while (groups_ == 0) {
-      if (next_ >= tiles_) return false;
-      group_first_ = next_;
-      next_ += 32 * 32;
-      const int32_t c = classify(group_first_ + lane_ * 32, 32);
-      groups_ = __ballot_sync(~0u, c != AE_TILE_EMPTY);
-      full_groups_ = __ballot_sync(~0u, c == AE_TILE_FULL);
-    }
-    const int group = __ffs(int(groups_)) - 1;
-    groups_ &= groups_ - 1;
-    first_ = group_first_ + group * 32;
-    if ((full_groups_ >> group & 1) != 0) {
-      const int left = tiles_ - first_;
-      live_ = left < 32 ? (1u << left) - 1 : ~0u;
-      full_ = live_;
-    } else {
-      const int32_t c = classify(first_ + lane_, 1);
-      live_ = __ballot_sync(~0u, c != AE_TILE_EMPTY);
-      full_ = __ballot_sync(~0u, c == AE_TILE_FULL);
-    }
-    return true;
+  __device__ static __forceinline__ int shift_of(int tiles) {
+    int shift = 0;
+    while ((tiles - 1) >> shift >= KeyTileClasses::kEntries) ++shift;
+    return shift;
   }
 
-  __device__ __forceinline__ int32_t classify(int first, int count) const {
-    if (first >= tiles_) return AE_TILE_EMPTY;
-    const int last = first + count < tiles_ ? first + count - 1 : tiles_ - 1;
-    const RowTile rows = RowTile::of_block<Plan::kBlockM, Plan::kPackGroup>(p_);
-    int q0, q1, h0, h1;
-    rows.bounds(q0, q1, h0, h1);
-    return tile_class(Fn::classify(env_, iv::range(rows.b, rows.b), iv::range(h0, h1),
-                                   iv::range(q0, q1), tile_keys(first, last, env_.S, kBlockN)));
-  }
+  // The class of a range of entries for the rows of this thread block.
+  template <class Params>
+  struct Classifier {
+    const IntervalEnv env;
+    int b, q0, q1, h0, h1, tiles, shift, entries;
 
-  const ae_params& p_;
-  const IntervalEnv env_;
-  const int lane_, tiles_;
-  int next_ = 0, group_first_ = 0, first_ = 0;
-  uint32_t groups_ = 0, full_groups_ = 0, live_ = 0, full_ = 0;
+    __device__ __forceinline__ explicit Classifier(const Params& params)
+        : env{params.cap, params.p.S, params.p.L, Fn::kMaskCaptures != 0 ? params.tables : nullptr,
+              Fn::kCaptures} {
+      const RowTile rows = RowTile::of_block<Plan::kBlockM, Plan::kPackGroup>(params.p);
+      rows.bounds(q0, q1, h0, h1);
+      b = rows.b;
+      tiles = int((params.p.S + kBlockN - 1) / kBlockN);
+      shift = shift_of(tiles);
+      entries = (tiles + (1 << shift) - 1) >> shift;
+    }
+    __device__ __forceinline__ int32_t operator()(int first, int count) const {
+      if (first >= entries) return AE_TILE_EMPTY;
+      const int end = (first + count) << shift;
+      const int last = end < tiles ? end - 1 : tiles - 1;
+      return tile_class(Fn::classify(env, iv::range(b, b), iv::range(h0, h1), iv::range(q0, q1),
+                                     tile_keys(first << shift, last, env.S, kBlockN)));
+    }
+  };
+
+  const KeyTileClasses& classes_;
+  const int tiles_;
+  int next_ = 0, within_ = 0;
+  uint32_t live_ = 0, full_ = 0;
 };
 
 }  // namespace ae

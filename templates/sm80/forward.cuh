@@ -97,18 +97,26 @@ class Forward {
   static_assert(kKeys <= 32, "a thread's keys of a row are the bits of a word");
 
  public:
-  __device__ __forceinline__ explicit Forward(const Params& params, char* shared)
+  // What a block needs of shared memory beside its tiles.
+  struct Small {
+    KeyTileClasses classes;
+    float out_factors[kBlockM];
+  };
+
+  __device__ __forceinline__ Forward(const Params& params, char* shared, Small& small)
       : params_(params),
         p_(params.p),
         env_{params.cap, params.p.fault, params.p.S},
         shared_(shared),
+        small_(small),
         lane_(int(threadIdx.x) % 32),
         warp_row_(int(threadIdx.x) / 32 * kWarpRows) {}
 
-  // Every thread of the block calls it. `out_factors` has kBlockM elements of shared memory.
-  __device__ __forceinline__ void run(float* out_factors) {
-    out_factors_ = out_factors;
+  // Every thread of the block calls it.
+  __device__ __forceinline__ void run() {
+    KeyTiles<Plan, Fn>::classify(params_, small_.classes);
     start();
+    __syncthreads();  // the classes are there
 #pragma unroll 1
     for (Mode mode = kFinite;;) {
       pass(mode);
@@ -131,6 +139,7 @@ class Forward {
   const ae_params& p_;
   const Env env_;
   char* const shared_;
+  Small& small_;
   const int lane_, warp_row_;
   GlobalRows k_, v_;
 
@@ -138,7 +147,6 @@ class Forward {
   float state_[kRows][kStates];
   float o_[kRows][kSums];
   uint32_t alive_;  // bit r: row r has met a live key
-  float* out_factors_;
 
   __device__ __forceinline__ RowTile row_tile() const {
     return RowTile::of_block<kBlockM, Plan::kPackGroup>(p_);
@@ -221,7 +229,7 @@ class Forward {
 
   // ---- one pass over the keys ----
   __device__ __forceinline__ void pass(Mode mode) {
-    KeyTiles<Plan, Fn> tiles(params_, lane_);
+    KeyTiles<Plan, Fn> tiles(p_, small_.classes);
     KeyTile ahead[kStages - 1];  // the tiles in the ring, the next one first
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) {
@@ -382,7 +390,7 @@ class Forward {
       float stats[Fn::kStats > 0 ? Fn::kStats : 1];
       float factor = 1;
       Fn::finalize(env_, rows_[r], state_[r], factor, stats);
-      out_factors_[row_of(r)] = factor;
+      small_.out_factors[row_of(r)] = factor;
       const bool alive = (alive_ >> r & 1) != 0;
 #pragma unroll
       for (int c = 0; c < kSums; ++c) o_[r][c] = alive ? o_[r][c] * factor : 0.0f;
@@ -405,7 +413,7 @@ class Forward {
       if (row >= tile.count || column >= Plan::kDv) return;
       uint16_t* out = static_cast<uint16_t*>(p_.out) + tile.b * s[0] + tile.h(row) * s[1] +
                       tile.q(row) * s[2] + column * s[3];
-      *out = narrow<Elem>(widen<Elem>(*out) + x * out_factors_[row]);
+      *out = narrow<Elem>(widen<Elem>(*out) + x * small_.out_factors[row]);
     };
     each_nonfinite<VTile, Elem, kBlockM, kThreads, KTile::kBytes>(
         v, k, w, [&](int r) { return row_of(r); }, add, lane_);
@@ -418,8 +426,8 @@ class Forward {
   extern "C" __global__ void __launch_bounds__(ae::Forward<Plan, Fn>::kThreads)  \
       ae_forward(const __grid_constant__ ae::Forward<Plan, Fn>::Params params) { \
     extern __shared__ __align__(128) char ae_shared[];                           \
-    __shared__ float out_factors[Plan::kBlockM];                                 \
-    ae::Forward<Plan, Fn>(params, ae_shared).run(out_factors);                   \
+    __shared__ ae::Forward<Plan, Fn>::Small small;                               \
+    ae::Forward<Plan, Fn>(params, ae_shared, small).run();                       \
   }
 
 // Fills the block tables of the mask; the launcher calls it where there are any.
