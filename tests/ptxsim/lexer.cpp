@@ -78,7 +78,7 @@ class Lexer {
     } else if (c & kNameStart) {
       token.kind = Token::kWord;
       while (at_ < end_ && (class_of(*at_) & kName ||
-                            (*at_ == ':' && peek(1) == ':' && class_of(peek(2)) & kNameStart))) {
+                            (*at_ == ':' && peek(1) == ':' && class_of(peek(2)) & kName))) {
         at_ += *at_ == ':' ? 2 : 1;
       }
     } else if (*at_ == '"') {
