@@ -257,7 +257,7 @@ ae_cu_module CudaKernel::load_image(const CudaDevice& device) const {
   if (error == AE_CU_SUCCESS) return module;
   std::string why = std::string("the driver refused its ") + (native ? "cubin" : "PTX") + ": " +
                     driver_error(driver, error);
-  if (log[0] != '\0') why += std::string("\n") + log.c_str();
+  if (log[0] != '\0' && !device.simulated()) why += std::string("\n") + log.c_str();
   if (error == AE_CU_UNSUPPORTED_PTX_VERSION) {
     why += "; the driver is older than the compiler: update it, or compile with an older nvcc";
   }
