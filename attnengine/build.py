@@ -156,11 +156,11 @@ def _unavailable(wanted: Unit, reason: str) -> KernelUnavailable:
 
 def remedy(specs: str, isa: str) -> str:
     """What to do about a missing module: the prebuild command, with its --specs argument."""
-    here, target = "install g++ 11 or newer", f"cpu:{isa}"
+    here, target = "install g++ 11 or newer, or where there is one run", f"cpu:{isa}"
     if isa in settings.DEVICE_TARGETS:
-        here, target = nvcc.REMEDY, isa.replace("_", "")
+        here, target = f"{nvcc.REMEDY}; or where there is one run", isa.replace("_", "")
     return (
-        f"  next step: {here}; or where there is a compiler run\n"
+        f"  next step: {here}\n"
         f"    attnengine prebuild --specs {specs} --target {target} --out DIR\n"
         "  and here set ATTNENGINE_AOT_PATH=DIR (or pip install the wheel that --wheel makes)"
     )

@@ -11,7 +11,7 @@ from attnengine.cache_entry import canonical, sha256
 
 AT_LEAST = (3, 5)
 _SUFFIXES = (".h", ".hpp", ".cuh", ".inl")
-_REMEDY = "pip install 'attnengine[cuda]', or set ATTNENGINE_CUTLASS to a folder that has them"
+REMEDY = "pip install 'attnengine[cuda]', or set ATTNENGINE_CUTLASS to a folder that has them"
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def find_cutlass() -> Cutlass | str:
     if choice is not None:
         found = f"ATTNENGINE_CUTLASS={choice!r}"
         places = [Path(choice).absolute() / "include", Path(choice).absolute()]
-        missing = f"CUTLASS headers missing: {found} has no include/cutlass/version.h; {_REMEDY}"
+        missing = f"CUTLASS headers missing: {found} has no include/cutlass/version.h; {REMEDY}"
     else:
         found = "pip package nvidia-cutlass"
         spec = importlib.util.find_spec("cutlass_library")
@@ -38,7 +38,7 @@ def find_cutlass() -> Cutlass | str:
         places = [Path(root) / "source" / "include" for root in roots]
         missing = (
             "CUTLASS headers missing: ATTNENGINE_CUTLASS is unset and the pip package "
-            f"nvidia-cutlass is not installed; {_REMEDY}"
+            f"nvidia-cutlass is not installed; {REMEDY}"
         )
     for include in places:
         try:
@@ -59,7 +59,7 @@ def _checked(include: Path, text: str, found: str) -> Cutlass | str:
     if numbers < AT_LEAST:
         return (
             f"CUTLASS {version} in {include} ({found}) is too old: the kernels need {least} or "
-            f"newer; {_REMEDY}"
+            f"newer; {REMEDY}"
         )
     return Cutlass(include, version, found)
 

@@ -8,16 +8,18 @@ import platform
 from dataclasses import dataclass
 from typing import Any
 
-from attnengine import machine
+from attnengine import cutlass, machine, settings
 from attnengine.machine import (
     Cache,
     Cuda,
+    Gpu,
     HostCompiler,
     OperatorLibrary,
     PrebuiltFolder,
     Processor,
     Torch,
 )
+from attnengine.nvcc import REMEDY
 
 _MEANING = {
     "avx512_bf16": "bf16 products use dot-product instructions, twice the rate of float32",
@@ -123,12 +125,13 @@ def lines(report: Report) -> list[str]:
             f"flags {' '.join(c.flags)}")  # fmt: skip
     if c.disabled:
         out.append(f"{'':11}ATTNENGINE_DISABLE_JIT is set: nothing is compiled until it is unset")
-    k = r.cache
-    if k.writable:
-        say("cache", f"{k.root}: {k.modules} modules, {size(k.bytes)} of {size(k.limit)}",
-            *(f"broken: {text}" for text in k.broken[:5]), missing(k.problem))  # fmt: skip
+    kept = r.cache
+    if kept.writable:
+        used = f"{size(kept.bytes)} of {size(kept.limit)}"
+        say("cache", f"{kept.root}: {kept.modules} modules, {used}",
+            *(f"broken: {text}" for text in kept.broken[:5]), missing(kept.problem))  # fmt: skip
     else:
-        say("cache", f"UNUSABLE, a temporary folder is used instead: {k.problem}")
+        say("cache", f"UNUSABLE, a temporary folder is used instead: {kept.problem}")
     for f in r.prebuilt:
         isas = f" for {', '.join(f.isas)}" if f.isas else ""
         say("prebuilt", f"{f.root} ({f.source}): {f.modules} modules{isas}",
@@ -136,19 +139,25 @@ def lines(report: Report) -> list[str]:
     if not r.prebuilt:
         say("prebuilt", "none; attnengine prebuild makes kernels for machines without a compiler")
     say("gpu", f"{len(g.gpus)} found" + (f", driver for CUDA {g.driver}" if g.driver else ""),
-        *(f"{x.name}, compute capability {x.capability}" for x in g.gpus),
-        "GPU kernels are not in this version: attention runs on the CPU")  # fmt: skip
-    for t in g.toolkits:
-        say("cuda", f"{t.version} in {t.home} (from {t.found})")
+        *map(_gpu_line, g.gpus), None if g.gpus else "attention runs on the CPU")  # fmt: skip
+    for k in g.toolkits:
+        say("cuda", f"{k.version} in {k.home} (from {k.found})", missing(k.problem))
     if not g.toolkits:
-        say("cuda", "no toolkit; none is needed now. pip install nvidia-cuda-nvcc nvidia-cuda-crt",
-            "nvidia-nvvm nvidia-cuda-cccl nvidia-cuda-runtime puts one here")  # fmt: skip
-    if g.problem:
-        out.append(f"{'':11}! {g.problem}")
-    cutlass = g.cutlass or "not installed; none is needed now. pip install nvidia-cutlass"
-    say("cutlass", cutlass)
+        say("cuda", f"no toolkit: CUDA kernels are compiled with one. {REMEDY}")
+    if g.works:
+        out.append(f"{'':11}nvcc and ptxas made a module for {', '.join(settings.DEVICE_TARGETS)}")
+    elif g.toolkits or g.gpus:
+        out.append(f"{'':11}! CUDA kernels cannot be compiled: {g.problem}")
+    say("cutlass", g.cutlass or f"no headers: CUDA kernels include them. {cutlass.REMEDY}")
     out += ["", f"attention {'can' if r.can_run else 'CANNOT'} run here: {r.reason}"]
     return out
+
+
+def _gpu_line(gpu: Gpu) -> str:
+    text = f"{gpu.name}, compute capability {gpu.capability}"
+    if float(gpu.capability) < 8.0:
+        text += ": too old for CUDA kernels, which need 8.0 (Ampere); use CPU tensors"
+    return text
 
 
 def as_json(report: Report) -> str:

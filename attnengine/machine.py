@@ -13,18 +13,17 @@ import importlib.util
 import os
 import platform
 import re
-import shutil
-import subprocess
 import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from attnengine import cache_upkeep, prebuilt, settings
+from attnengine import cache_upkeep, cutlass, nvcc, prebuilt, settings
 from attnengine.cache import Store
-from attnengine.cache_entry import KERNEL, verify
+from attnengine.cache_entry import verify
 from attnengine.compiler import Compiler, find_compiler
 from attnengine.errors import AttnEngineError, CacheError
+from attnengine.nvcc import DeviceCompiler, Toolkit
 from attnengine.staging import build_id, compile_unit, flags, name_unit
 
 TORCH_AT_LEAST = (2, 11)
@@ -38,6 +37,9 @@ EXPORT const ae_module_info* ae_info(void) {
 }
 EXPORT int64_t ae_workspace_bytes(const ae_params*) { return 0; }
 EXPORT int32_t ae_launch(const ae_params*, void*, ae_parallel_for) { return 0; }
+"""
+_TRIVIAL_CUDA = """// manifest: {"kind": "trial", "threads": 32, "shared_bytes": 0}
+extern "C" __global__ void ae_trial(const __grid_constant__ int x, int* y) { *y = x; }
 """
 
 
@@ -84,15 +86,6 @@ class HostCompiler:
 
 
 @dataclass(frozen=True)
-class Toolkit:
-    """One CUDA toolkit, and where it was found."""
-
-    home: str
-    found: str
-    version: str
-
-
-@dataclass(frozen=True)
 class Gpu:
     """One GPU as its driver describes it; ``capability`` 9.0 is sm_90."""
 
@@ -102,12 +95,14 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Cuda:
-    """Toolkits in the order of preference, CUTLASS's headers, and the driver's GPUs."""
+    """Toolkits in the order of preference, CUTLASS's headers, and the driver's GPUs. ``works`` says
+    that a CUDA module was made; ``problem`` why not."""
 
     toolkits: tuple[Toolkit, ...]
     cutlass: str | None
     driver: str | None
     gpus: tuple[Gpu, ...]
+    works: bool
     problem: str | None = None
 
 
@@ -217,65 +212,37 @@ def compiler_facts(isa: str | None) -> HostCompiler:
         remedy = "install g++ 11 or newer, or set ATTNENGINE_CXX"
         return HostCompiler(None, None, (), False, disabled, f"{found}; {remedy}")
     version = found.version.strip().splitlines()[-1]
+    why = _trial_problem(_TRIVIAL, target, found)
+    if why is not None:
+        remedy = "install g++ 11 or newer with its C++ headers, or set ATTNENGINE_CXX to another"
+        return HostCompiler(found.command, version, (), False, disabled, f"{why}; {remedy}")
+    return HostCompiler(found.command, version, flags(target), True, disabled)
+
+
+def cuda_facts() -> Cuda:
+    """Toolkits, CUTLASS, GPUs, and whether CUDA kernels are made: one small module is. A machine
+    without any of them runs attention on the CPU."""
+    driver, gpus = _gpus()
+    headers, found = cutlass.find_cutlass(), nvcc.find_device_compiler()
+    named = None if isinstance(headers, str) else f"{headers.version} in {headers.include}"
+    problem = found if isinstance(found, str) else _trial_problem(_TRIVIAL_CUDA, "sm_80", found)
+    return Cuda(nvcc.toolkits(), named, driver, gpus, problem is None, problem)
+
+
+def _trial_problem(source: str, isa: str, compiler: Compiler | DeviceCompiler) -> str | None:
+    """Why a compiler makes no module of a small source, or None."""
     try:
-        chosen = flags(target)
-        unit = name_unit(_TRIVIAL, target, "attnengine doctor")
+        unit = name_unit(source, isa, "attnengine doctor")
         with tempfile.TemporaryDirectory(prefix="attnengine-") as folder:
             store = Store(Path(folder) / "cache")
             store.prepare()
-            compile_unit(store, unit, unit.digest or unit.content, found)
+            compile_unit(store, unit, unit.digest or unit.content, compiler)
     except (AttnEngineError, OSError) as error:
         text = str(error).strip().splitlines() or [type(error).__name__]
         if isinstance(error, OSError):
             text[0] = f"it made no module ({text[0]})"
-        why = text[0] + "".join(f"; {x.strip()}" for x in text[1:] if "error:" in x)[:300]
-        remedy = "install g++ 11 or newer with its C++ headers, or set ATTNENGINE_CXX to another"
-        return HostCompiler(found.command, version, (), False, disabled, f"{why}; {remedy}")
-    return HostCompiler(found.command, version, chosen, True, disabled)
-
-
-def cuda_facts() -> Cuda:
-    """Toolkits, CUTLASS and GPUs. None of them is needed: kernels run on the CPU."""
-    homes: list[tuple[Path, str]] = []
-    explicit = settings.cuda_home()
-    if explicit is not None:
-        homes.append((Path(explicit[1]), explicit[0]))
-    spec = importlib.util.find_spec("nvidia")
-    for place in (spec.submodule_search_locations or ()) if spec is not None else ():
-        homes += [(p, "pip packages") for p in sorted(Path(place).glob("cu[0-9]*"), reverse=True)]
-    nvcc = shutil.which("nvcc", path=settings.search_path())
-    if nvcc is not None:
-        homes.append((_top(nvcc), "PATH"))
-    homes.append((Path("/usr/local/cuda"), "/usr/local/cuda"))
-    toolkits: dict[str, Toolkit] = {}
-    for home, found in homes:
-        compiler = home / "bin" / "nvcc"
-        if compiler.is_file():
-            text = _output([str(compiler), "--version"])
-            number = re.search(r"release ([\d.]+)", text)
-            version = number[1] if number else "unknown: nvcc --version does not run"
-            toolkits.setdefault(str(home.resolve()), Toolkit(str(home), found, version))
-    problem = None
-    if explicit is not None and str(Path(explicit[1]).resolve()) not in toolkits:
-        problem = f"{explicit[0]}={explicit[1]!r} has no bin/nvcc: unset it or correct it"
-    cutlass, (driver, gpus) = installed_version("nvidia-cutlass"), _gpus()
-    return Cuda(tuple(toolkits.values()), cutlass, driver, gpus, problem)
-
-
-def _output(command: list[str]) -> str:
-    try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20
-        )
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout + done.stderr
-
-
-def _top(nvcc: str) -> Path:
-    """The toolkit of an nvcc on PATH: what nvcc says itself, since it may be a wrapper script."""
-    top = re.search(r"TOP=(\S+)", _output([nvcc, "--dryrun", "x.cu"]))
-    return Path(os.path.normpath(top[1])) if top else Path(nvcc).resolve().parents[1]
+        return text[0] + "".join(f"; {x.strip()}" for x in text[1:] if "error:" in x)[:300]
+    return None
 
 
 def _gpus() -> tuple[str | None, tuple[Gpu, ...]]:
@@ -344,7 +311,7 @@ def prebuilt_facts() -> tuple[PrebuiltFolder, ...]:
         elif broken:
             problem = f"{len(broken)} modules are altered: run attnengine prebuild again"
         elif not isas:
-            problem = f"no {KERNEL} in it: run attnengine prebuild --specs builtin --out {root}"
+            problem = f"no kernels in it: run attnengine prebuild --specs builtin --out {root}"
         good = len(isas) if root in fits else 0
         kinds = tuple(sorted(set(isas)))
         found.append(PrebuiltFolder(str(root), source, good, kinds, tuple(broken), problem))

@@ -24,6 +24,7 @@ from attnengine.compiler import (
 from attnengine.cutlass import Cutlass
 
 AT_LEAST = (12, 4)
+_USUAL = Path("/usr/local/cuda")
 _OWN_FLAGS = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")
 REMEDY = (
     "pip install 'attnengine[cuda13]', or set CUDA_HOME to a CUDA toolkit "
@@ -72,7 +73,7 @@ def toolkits() -> tuple[Toolkit, ...]:
     spec = importlib.util.find_spec("nvidia")
     for place in (spec.submodule_search_locations or ()) if spec is not None else ():
         homes += [(p, "pip packages") for p in sorted(Path(place).glob("cu[0-9]*"), reverse=True)]
-    homes.append((Path("/usr/local/cuda"), "/usr/local/cuda"))
+    homes.append((_USUAL, str(_USUAL)))
     found: dict[str, Toolkit] = {}
     for home, origin in homes:
         if (home / "bin" / "nvcc").is_file():
@@ -134,11 +135,11 @@ def find_device_compiler() -> DeviceCompiler | str:
         return (
             "no CUDA compiler: CUDA_HOME and CUDA_PATH are unset, nvcc is not on "
             f"PATH={settings.search_path()}, not among the pip packages beside this Python and not "
-            f"in /usr/local/cuda; {REMEDY}"
+            f"in {_USUAL}; {REMEDY}"
         )
     home, host, templates = Path(usable[0].home), find_compiler(), cutlass.find_cutlass()
     if not isinstance(host, Compiler):
-        return f"{host} (nvcc needs one as well); install g++ 11 or newer, or set ATTNENGINE_CXX"
+        return f"nvcc needs a C++ compiler: {host}; install g++ 11 or newer, or set ATTNENGINE_CXX"
     if not isinstance(templates, Cutlass):
         return templates
     try:

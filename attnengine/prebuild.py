@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 
-from . import dispatch
+from . import build, dispatch
+from .arch import CUDA
 from .builtin import BUILTIN, DTYPE_WORDS, dtype_word, make_spec
+from .plan_cuda import MAX_HEAD_DIM
 from .spec import AttentionSpec
 
 DTYPES = tuple(dtype for dtype in dispatch.SUPPORTED if dtype != torch.float64)
@@ -68,11 +70,20 @@ class Request:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One module to be had, as build.module takes it."""
+    """One module to be had, as build.module takes it. A CUDA program chooses its module among
+    several when the first spills registers, and all that it looks at are to be had."""
 
     source: str
     isa: str
     label: str
+    program: dispatch.Program | None = None
+
+    def build(self) -> None:
+        """Compiles what is in no cache. Raises BuildError, KernelUnavailable."""
+        if self.program is None:
+            build.module(self.source, self.isa, self.label)
+        else:
+            self.program.device_module()
 
 
 def _dtype(x: Any) -> torch.dtype:
@@ -90,17 +101,24 @@ def _dims(x: Any) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
+def serves(isa: str, dtype: torch.dtype, d: int, dv: int) -> bool:
+    """Whether a target has kernels of a dtype and head dims at all: those for CUDA have fewer."""
+    return isa not in CUDA or (dtype in dispatch.CUDA_SUPPORTED and max(d, dv) <= MAX_HEAD_DIM)
+
+
 def kernels(request: Request, dtype: torch.dtype, d: int, dv: int, isa: str) -> list[Kernel]:
-    """The modules of one program, generated for an instruction set that need not be this machine's.
+    """The modules of one program, generated for a target that need not be this machine's.
 
     Raises TraceError for what cannot be expressed, ValueError for sizes without a template.
     """
     captures = dispatch.captures_for(request.spec)
     try:
-        sources = dispatch.program(request.spec, captures, dtype, d, dv, isa).sources
+        program = dispatch.program(request.spec, captures, dtype, d, dv, isa)
     except NotImplementedError as error:
         raise ValueError(f"{request.name or 'spec'}: {error}") from None
-    label = f"{dtype_word(dtype)} D{d}x{dv} {isa} {request.name}".rstrip()
+    sources, label = program.sources, f"{dtype_word(dtype)} D{d}x{dv} {isa} {request.name}".rstrip()
+    if isa in CUDA:
+        return [Kernel(sources.forward, CUDA[isa].code, f"forward {label}", program)]
     found = [Kernel(sources.forward, isa, f"forward {label}")]
     if request.backward and sources.backward is not None:
         found.append(Kernel(sources.backward, isa, f"backward {label}"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -16,12 +17,16 @@ from rich.console import Console
 from rich.progress import Progress
 
 from . import build, dispatch, settings, staging
+from .arch import CUDA
 from .cache import Store
 from .errors import BuildError
 from .kernel_wheel import write_wheel
-from .prebuild import Kernel, Request, as_requests, kernels, read_requests
+from .plan_cuda import MAX_HEAD_DIM
+from .prebuild import Kernel, Request, as_requests, kernels, read_requests, serves
 
 _SECONDS = 4.0  # one module on one core, where the cache knows of none: median of 900 builds
+_DEVICE_SECONDS = 10.0  # the same of a CUDA module
+_CUDA_WORDS = {word: isa for isa in CUDA for word in (isa, isa.replace("_", ""))}
 
 
 @dataclass(frozen=True)
@@ -61,19 +66,30 @@ def prebuild(options: Options, console: Console) -> int:
 
 
 def target_isas(target: str) -> list[str]:
-    """The instruction sets of a target: cpu (this machine's best), cpu:ISA or cpu:all."""
-    device, _, isa = target.partition(":")
-    if device == "cpu" and isa in ("", "all", *settings.ISAS):
-        return [dispatch.default_isa()] if not isa else [isa] if isa != "all" else [*settings.ISAS]
-    words = ", ".join(f"cpu:{isa}" for isa in (*settings.ISAS, "all"))
-    raise ValueError(f"--target {target}: expected cpu (this machine's best) or {words}")
+    """What a list of targets stands for: cpu (this machine's best), cpu:ISA, cpu:all, or sm80 and
+    the like for CUDA, separated by commas."""
+    found: list[str] = []
+    for word in target.split(","):
+        device, _, isa = word.partition(":")
+        if device == "cpu" and isa in ("", "all", *settings.ISAS):
+            found += settings.ISAS if isa == "all" else [isa or dispatch.default_isa()]
+        elif word in _CUDA_WORDS:
+            found.append(_CUDA_WORDS[word])
+        else:
+            words = [f"cpu:{isa}" for isa in (*settings.ISAS, "all")]
+            words += [word for word in _CUDA_WORDS if word not in CUDA]
+            raise ValueError(
+                f"--target {target}: expected cpu (this machine's best) or {', '.join(words)}; "
+                "several are separated by commas"
+            )
+    return list(dict.fromkeys(found))
 
 
 def _called(
     function: Callable[[], Any], name: str, isas: list[str]
 ) -> tuple[list[tuple[staging.Unit, Path]], list[Request]]:
     """The modules that a function uses while it runs, and the requests that it returns."""
-    if len(isas) > 1 or not staging.runs_here(isas[0]):
+    if len(isas) > 1 or isas[0] not in settings.ISAS or not staging.runs_here(isas[0]):
         raise ValueError(
             f"{name} is a function, which is run to see what it uses: for one instruction set that "
             "this processor has (--target cpu:ISA); attnengine.prebuild.Request is compiled for any"
@@ -101,7 +117,13 @@ def _overruled(requests: Iterable[Request], options: Options) -> list[Request]:
 
 def _generated(requests: list[Request], isas: list[str], console: Console) -> list[Kernel]:
     """The modules of all requests, each source once."""
-    programs = [(r, *p, isa) for isa in isas for r in requests for p in r.programs()]
+    asked = [(r, *p, isa) for isa in isas for r in requests for p in r.programs()]
+    programs = [program for program in asked if serves(program[4], *program[1:4])]
+    if len(programs) < len(asked):
+        few = f"CUDA kernels are bf16 or fp16 with head dims up to {MAX_HEAD_DIM}"
+        if not programs:
+            raise ValueError(f"{few}: none of the requests is; see --dtypes and --head-dims")
+        console.print(f"{few}: {len(asked) - len(programs)} others are not made", soft_wrap=True)
     found: dict[tuple[str, str], Kernel] = {}
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("generating", total=len(programs))
@@ -125,17 +147,20 @@ def _compiled(
     if wanted:
         text = f"{len(wanted)} kernels, {len(wanted) - len(missing)} of them compiled already"
         if missing:
-            minutes = len(missing) * _typical_seconds() / min(jobs, len(missing)) / 60
+            typical = {kind: _typical_seconds(kind) for kind in (False, True)}
+            work = sum(typical[kernel.isa in settings.DEVICE_TARGETS] for kernel in missing)
+            minutes = work / min(jobs, len(missing)) / 60
             about = f"{minutes:.0f} min" if minutes >= 1.5 else f"{max(1, minutes * 60):.0f} s"
             text += f"; the others take about {about} with {jobs} jobs"
         console.print(text)
     failed: dict[str, str] = {}
     with (
+        build.collecting() as made,
         Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
         ThreadPoolExecutor(jobs) as pool,
     ):
-        task = progress.add_task("compiling", total=len(missing))
-        running = {pool.submit(build.module, k.source, k.isa, k.label): k for k in missing}
+        task = progress.add_task("compiling", total=len(wanted))
+        running = {pool.submit(kernel.build): kernel for kernel in wanted}
         try:
             for done in as_completed(running):
                 kernel = running[done]
@@ -147,23 +172,20 @@ def _compiled(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    made = []
-    for unit in units:
-        path = build.ready(unit)
-        if path is not None:
-            made.append((unit, path))
     return made, failed
 
 
-def _typical_seconds() -> float:
-    """What a module took, over those that the cache has."""
+def _typical_seconds(device: bool) -> float:
+    """What a module for CUDA, or for a CPU, took, over those that the cache has."""
     seconds = []
     for record in Store(settings.cache_dir()).entries.glob("[0-9a-f][0-9a-f]/*/cmd.json"):
         try:
-            seconds.append(float(json.loads(record.read_bytes())["seconds"]))
+            known = json.loads(record.read_bytes())
+            if ("nvcc_seconds" in known) == device:
+                seconds.append(float(known["seconds"]))
         except (OSError, ValueError, KeyError, TypeError):
             continue
-    return sum(seconds) / len(seconds) if seconds else _SECONDS
+    return sum(seconds) / len(seconds) if seconds else _DEVICE_SECONDS if device else _SECONDS
 
 
 def _write(modules: list[tuple[staging.Unit, Path]], options: Options, console: Console) -> None:
@@ -176,7 +198,7 @@ def _write(modules: list[tuple[staging.Unit, Path]], options: Options, console: 
         console.print(f"{count} kernels, {new} new in {out}", soft_wrap=True)
         console.print(f"use them with ATTNENGINE_AOT_PATH={out.absolute()}", soft_wrap=True)
         return
-    name = "attnengine-kernels-" + options.target.removesuffix(":all").replace(":", "-")
+    name = "attnengine-kernels-" + re.sub("[:,]", "-", options.target.replace(":all", ""))
     place = out
     if out.suffix == ".whl":
         place, name = out.parent, out.name.removesuffix(".whl").partition("-")[0]

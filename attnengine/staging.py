@@ -272,13 +272,17 @@ def _compile_device(
     ptx.check_entries(names, manifest)
     (work / PTX).write_text(text)
     middle = time.monotonic()
-    log = nvcc.run(commands[1], work, settings.build_timeout_s())
+    # In a folder without the sources: ptxas would write their sizes and times into the line table.
+    apart = work / "apart"
+    apart.mkdir(mode=0o700)
+    (apart / PTX).write_text(text)
+    log = nvcc.run(commands[1], apart, settings.build_timeout_s())
     needs = ptx.resources(log, names)
     done = time.monotonic()
     manifest |= {"target": wanted.isa, "abi": wanted.abi}
     manifest["entries"] = {name: dataclasses.asdict(need) for name, need in needs.items()}
     write_file(entry / PTX, text.encode())
-    write_file(entry / ptx.CUBIN, (work / ptx.CUBIN).read_bytes())
+    write_file(entry / ptx.CUBIN, (apart / ptx.CUBIN).read_bytes())
     write_file(entry / ptx.MANIFEST, json.dumps(manifest, indent=1).encode())
     return {"nvcc_seconds": round(middle - started, 3), "ptxas_seconds": round(done - middle, 3)}
 

@@ -13,11 +13,22 @@ from pathlib import Path
 import pytest
 
 import attnengine
-from attnengine import build, cache_entry, cli, doctor, library, machine, prebuilt, settings
+from attnengine import (
+    build,
+    cache_entry,
+    cli,
+    doctor,
+    library,
+    machine,
+    nvcc,
+    prebuilt,
+    settings,
+)  # fmt: skip
 from attnengine.cache import Store
 
 PACKAGE = Path(attnengine.__file__).parent
 COMPILER = shutil.which("c++")
+NVCC = nvcc.find_device_compiler()
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +82,8 @@ def test_a_machine_that_has_everything(capsys: pytest.CaptureFixture[str], tmp_p
     assert "it made a module, which was loaded again" in out and "-fPIC" in out
     assert "2 modules, " in out and " of 2.0 GiB" in out
     assert "\nattention can run here: any spec can be compiled here" in out
-    assert "GPU kernels are not in this version" in out
+    if not isinstance(NVCC, str):
+        assert "nvcc and ptxas made a module for sm_80" in out
     assert "!" not in out
     assert not any((tmp_path / "cache" / "1").glob("[0-9a-f][0-9a-f]/*/cmd.json"))  # no trace
 
@@ -85,7 +97,7 @@ def test_json_has_every_fact(
     assert report["operators"]["isa"] == library.cpu_isa()
     assert report["processor"]["usable"] == len(os.sched_getaffinity(0))
     assert report["cache"]["modules"] == 0 and report["prebuilt"] == []
-    assert set(report["cuda"]) == {"toolkits", "cutlass", "driver", "gpus", "problem"}
+    assert set(report["cuda"]) == {"toolkits", "cutlass", "driver", "gpus", "works", "problem"}
 
 
 @pytest.mark.parametrize("value", ["/nowhere/g++", "empty"])
@@ -281,7 +293,7 @@ def toolkit(home: Path, version: str) -> Path:
 
 
 def test_toolkits_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """An explicit one, then pip's beside this Python, then PATH's, whose nvcc may be a wrapper."""
+    """An explicit one, then PATH's, whose nvcc may be a wrapper, then pip's beside this Python."""
     asked = toolkit(tmp_path / "asked", "12.9")
     pip = toolkit(tmp_path / "site" / "nvidia" / "cu13", "13.0")
     real = toolkit(tmp_path / "real", "12.4")
@@ -294,14 +306,36 @@ def test_toolkits_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     found = [t for t in machine.cuda_facts().toolkits if t.home.startswith(str(tmp_path))]
     assert [(t.home, t.found, t.version) for t in found] == [
         (str(asked), "CUDA_HOME", "12.9"),
-        (str(pip), "pip packages", "13.0"),
         (str(real), "PATH", "12.4"),
+        (str(pip), "pip packages", "13.0"),
     ]
 
 
-def test_cuda_home_without_a_toolkit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cuda_home_without_a_toolkit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     monkeypatch.setenv("CUDA_PATH", str(tmp_path))
-    assert "CUDA_PATH=" in str(machine.cuda_facts().problem)
+    facts = machine.cuda_facts()
+    assert not facts.works and f"CUDA_PATH='{tmp_path}' has no bin/nvcc" in str(facts.problem)
+    monkeypatch.setenv("CUDA_PATH", str(toolkit(tmp_path / "old", "11.8")))
+    out = said(capsys, 0 if COMPILER else 1)
+    assert f"cuda       11.8 in {tmp_path}/old (from CUDA_PATH)" in out
+    assert "! nvcc 11.8 in " in out and "CUDA kernels cannot be compiled: nvcc 11.8 in " in out
+
+
+def test_no_cutlass(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ATTNENGINE_CUTLASS", str(tmp_path))
+    monkeypatch.setenv("ATTNENGINE_DISABLE_JIT", "1")
+    out = said(capsys, 1)
+    assert "cutlass    no headers: CUDA kernels include them. pip install 'attnengine[cuda]'" in out
+
+
+def test_gpus_by_capability() -> None:
+    new, old = machine.Gpu("A", "9.0"), machine.Gpu("B", "7.5")
+    assert doctor._gpu_line(new) == "A, compute capability 9.0"
+    assert "B, compute capability 7.5: too old for CUDA kernels" in doctor._gpu_line(old)
 
 
 DRIVER = """
