@@ -14,8 +14,9 @@ TORCH := 2.13.0
 BUDGET_MIN := 25
 PYTEST_ARGS ?= -n auto
 
-NATIVE := $(wildcard csrc/*.h csrc/*.cpp) templates/common/abi.h setup.py
-FORMATTED := csrc/*.h csrc/*.cpp templates/*/*.h tests/cpp/*.h tests/cpp/*.cpp tests/unit/*.cpp
+NATIVE := $(wildcard csrc/*.h csrc/*.cpp templates/common/*.h) setup.py
+FORMATTED := csrc/*.h csrc/*.cpp templates/*/*.h templates/*/*.cuh tests/cpp/*.h tests/cpp/*.cpp \
+  tests/unit/*.cpp tests/ptxsim/*.h tests/ptxsim/*.cpp
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: demo test lint bench wheel clean cpp-tests python-tests
@@ -77,7 +78,19 @@ $(STAMPS)/build-tools: $(STAMPS)/torch
 	$(BIN)/python -m pip install 'setuptools>=77' wheel 'pybind11>=2.12' ninja numpy
 	touch $@
 
-$(STAMPS)/installed: $(STAMPS)/build-tools pyproject.toml $(NATIVE)
+# CUDA kernels are compiled in the tests, and run in a simulator: CUTLASS's headers, without the
+# package's dependencies (cuda-python, scipy, networkx and others), which are for its own generator;
+# and a toolkit from PyPI, 280 MB, where no nvcc is found. Its parts are pinned to one version.
+CUTLASS := 4.2.0.0
+CUDA_PARTS := nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-cccl nvidia-cuda-runtime
+$(STAMPS)/cuda: | $(VENV)/bin/python
+	mkdir -p $(STAMPS)
+	$(BIN)/python -m pip install --no-deps 'nvidia-cutlass==$(CUTLASS)'
+	command -v nvcc || test -n "$${CUDA_HOME:-$${CUDA_PATH:-}}" || test -x /usr/local/cuda/bin/nvcc || \
+	  $(BIN)/python -m pip install --no-deps $(CUDA_PARTS:%='%==13.0.*')
+	touch $@
+
+$(STAMPS)/installed: $(STAMPS)/build-tools $(STAMPS)/cuda pyproject.toml $(NATIVE)
 	$(BIN)/python -m pip install --no-build-isolation -e '.[test,dev]'
 	touch $@
 

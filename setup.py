@@ -50,7 +50,8 @@ class BuildPackage(build_py):
             shutil.rmtree(package, ignore_errors=True)
         super().run()
         if not self.editable_mode:
-            for header in sorted((ROOT / "templates").rglob("*.h")):
+            templates = ROOT / "templates"
+            for header in sorted([*templates.rglob("*.h"), *templates.rglob("*.cuh")]):
                 copy = package / header.relative_to(ROOT)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(header, copy)
