@@ -96,6 +96,7 @@ class Program:
     exported: bool = False  # read from a graph that another process exported
     forward_id: int = -1
     backward_id: int = -1
+    loaded: build.DeviceModule | None = None  # a CUDA kernel, once it is loaded
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -158,7 +159,7 @@ class Program:
         captures = [(rank, TORCH_DTYPES[dtype]) for dtype, rank in self.sources.captures]
         try:
             if self.is_cuda:
-                made = self.device_module()
+                made = self.loaded = self.device_module()
                 return library.load_cuda_kernel(
                     made.ptx_path, made.cubin_path, made.manifest, captures
                 )

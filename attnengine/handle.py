@@ -10,6 +10,7 @@ import torch
 
 from . import dispatch, exported, ops
 from .backward import TRANSFORMS, apply
+from .build import DeviceModule
 from .dispatch import Pipeline, Program
 from .explain import describe
 from .masks import TileTable, tile_table
@@ -202,6 +203,11 @@ class Handle:
     def backward_plan(self) -> Plan | None:
         plans = self.pipeline.backward_plans
         return plans[0] if plans else None
+
+    @property
+    def module(self) -> DeviceModule | None:
+        """The PTX and cubin of a CUDA kernel, its registers and spills; None for a CPU kernel."""
+        return self.program.loaded
 
     @property
     def source(self) -> str:

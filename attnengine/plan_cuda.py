@@ -20,7 +20,9 @@ REGISTERS_OF_THREAD = 255
 # Addresses, operands on their way to a product, counters: with so many beside sums, scores, Q and
 # the states of rows, ptxas spills nothing (found with that of CUDA 13.0).
 OTHER_REGISTERS = 56
-GATHER_REGISTERS = 24  # addresses and values of reads that are on their way together
+# Addresses and values of reads that are on their way together, for each key of a row that a thread
+# has: the compiler starts all of them before it uses one.
+GATHER_REGISTERS = 3
 HELD_REGISTERS = 176  # sums, scores and Q together, up to which Q stays (sm80/forward.cuh)
 LIVE_KEYS = 1024  # of a row, for estimates
 LATENCY = 900.0  # cycles from the start of a copy to its end
@@ -34,12 +36,14 @@ def candidates(key: KernelKey, traced: Traced, isa: str) -> list[Plan]:
     """Every legal candidate, cheapest first. Raises NotImplementedError where there is none."""
     arch = CUDA[isa]
     _check(key)
-    tiles = itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))
-    most = REGISTERS_OF_THREAD
-    out = [p for t in tiles if (p := _candidate(key, traced, arch, *t, most)) is not None]
-    if not out:  # the estimate is on the safe side: the compiler tells
-        tiles = itertools.product((64, 128), (32,), (4, 8), (2,))
-        out = [p for t in tiles if (p := _candidate(key, traced, arch, *t, 2 * most)) is not None]
+    tiles = list(itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)))
+    out: list[Plan] = []
+    # The estimate is on the safe side: where it leaves nothing, the smallest excess may do.
+    for most in (REGISTERS_OF_THREAD, 275, 300, 350, 400):
+        found = [_candidate(key, traced, arch, *tile, most) for tile in tiles]
+        out = [p for p in found if p is not None]
+        if out:
+            break
     if not out:
         raise NotImplementedError(
             f"head_dim={key.head_dim}, value_dim={key.value_dim}: no tile fits the "
@@ -86,7 +90,7 @@ def registers(
         held = 4 * blocks
     return (
         sums + scores + held + 2 * blocks * row_values + OTHER_REGISTERS
-        + (GATHER_REGISTERS if gathers else 0)
+        + (GATHER_REGISTERS * block_n // 4 if gathers else 0)
     )  # fmt: skip
 
 
