@@ -390,7 +390,7 @@ class Forward {
       float stats[Fn::kStats > 0 ? Fn::kStats : 1];
       float factor = 1;
       Fn::finalize(env_, rows_[r], state_[r], factor, stats);
-      small_.out_factors[row_of(r)] = factor;
+      if (lane_ % 4 == 0) small_.out_factors[row_of(r)] = factor;
       const bool alive = (alive_ >> r & 1) != 0;
 #pragma unroll
       for (int c = 0; c < kSums; ++c) o_[r][c] = alive ? o_[r][c] * factor : 0.0f;

@@ -1,7 +1,8 @@
 // What the special function unit computes, and divisions and roots: ex2, lg2, rcp, rsqrt, sqrt,
 // sin, cos, tanh, div.
 //
-// An approximation is computed in double, moved by a random amount and rounded, so that it is
+// An approximation is computed in double, moved by an amount that the seed and the argument decide,
+// and rounded, so that it is
 // anywhere within the error that the PTX ISA allows and another seed gives other results: what
 // passes here rests on the promise, not on one chip's tables. The errors allowed are
 //   ex2.f32 2 ulp, rcp.f32 1 ulp, div.approx.f32 and div.full.f32 2 ulp;
@@ -18,8 +19,8 @@
 #include <cmath>
 
 #include "counters.h"
-#include "machine.h"
 #include "family.h"
+#include "machine.h"
 #include "narrow.h"
 
 namespace ptxsim {
@@ -46,9 +47,18 @@ inline double exp2_double(double x) {
   double shifted = x + kRound;  // the nearest integer in its last bits
   double f = (x - (shifted - kRound)) * 0.69314718055994530942;
   double p = 1.0 / 6227020800;
-  constexpr double kInverse[] = {1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
-                                 1.0 / 40320,     1.0 / 5040,     1.0 / 720,     1.0 / 120,
-                                 1.0 / 24,        1.0 / 6,        1.0 / 2,       1.0,
+  constexpr double kInverse[] = {1.0 / 479001600,
+                                 1.0 / 39916800,
+                                 1.0 / 3628800,
+                                 1.0 / 362880,
+                                 1.0 / 40320,
+                                 1.0 / 5040,
+                                 1.0 / 720,
+                                 1.0 / 120,
+                                 1.0 / 24,
+                                 1.0 / 6,
+                                 1.0 / 2,
+                                 1.0,
                                  1.0};
   for (double c : kInverse) p = p * f + c;
   uint64_t exponent = std::bit_cast<uint64_t>(shifted) - std::bit_cast<uint64_t>(kRound);
@@ -75,7 +85,7 @@ void ex2(Warp& warp, const Instr& instr, Mask mask) {
   const uint64_t* in = warp.in(instr.op[1]);
   uint32_t random[kLanes];
   float y[kLanes];
-  random_lanes(warp, random);
+  random_lanes(warp, in, random);
   for (int l = 0; l < kLanes; ++l) {
     float x = argument(instr, in[l]);
     float exact = float(exp2_clamped(x));
@@ -92,10 +102,8 @@ inline void approximate(Warp& warp, const Instr& instr, Mask mask, F value) {
   const uint64_t* in = warp.in(instr.op[1]);
   uint64_t* out = warp.out(instr.op[0]);
   uint32_t random[kLanes];
-  random_lanes(warp, random);
-  each_lane(mask, [&](int l) {
-    out[l] = result(instr, value(argument(instr, in[l]), random[l]));
-  });
+  random_lanes(warp, in, random);
+  each_lane(mask, [&](int l) { out[l] = result(instr, value(argument(instr, in[l]), random[l])); });
 }
 
 // x(1 + u error), leaving room for the rounding to f32.
@@ -107,8 +115,7 @@ void lg2(Warp& warp, const Instr& instr, Mask mask) {
   approximate(warp, instr, mask, [](float x, uint32_t random) {
     if (!(x > 0) || std::isinf(x)) return std::log2(x);
     double exact = std::log2(double(x));
-    if (x > 0.5f && x < 2.0f)
-      return float(exact + signed_unit(random) * (0x1p-22 - kHalfUlp / 2));
+    if (x > 0.5f && x < 2.0f) return float(exact + signed_unit(random) * (0x1p-22 - kHalfUlp / 2));
     return relative(exact, 0x1p-22, random);
   });
 }
@@ -159,7 +166,9 @@ inline void approximate_halves(Warp& warp, const Instr& instr, Mask mask, F valu
   uint64_t* out = warp.out(instr.op[0]);
   bool ftz = instr.attr[0];
   uint32_t random[2][kLanes];
-  for (uint32_t half = 0; half < (kPacked ? 2 : 1); ++half) random_lanes(warp, random[half], half);
+  for (uint32_t half = 0; half < (kPacked ? 2 : 1); ++half) {
+    random_lanes(warp, in, random[half], half);
+  }
   each_lane(mask, [&](int l) {
     uint32_t packed = 0;
     for (int half = 0; half < (kPacked ? 2 : 1); ++half) {
@@ -207,7 +216,7 @@ void divide_approx(Warp& warp, const Instr& instr, Mask mask) {
   const uint64_t *a = warp.in(instr.op[1]), *b = warp.in(instr.op[2]);
   uint64_t* out = warp.out(instr.op[0]);
   uint32_t random[kLanes];
-  random_lanes(warp, random);
+  random_lanes(warp, a, random);
   each_lane(mask, [&](int l) {
     float x = argument(instr, a[l]), y = argument(instr, b[l]);
     float quotient = move_ulps(float(double(x) / double(y)), random[l], 2);
@@ -236,7 +245,9 @@ void exact(Warp& warp, const Instr& instr, Mask mask) {
       // Quotients and roots of f32 are never so close to one, without being one, that rounding to
       // double first would matter.
       double y = compute(double(argument(instr, a[l])), double(argument(instr, b[l])));
-      out[l] = result(instr, float(round_to(kFormatFloat, y, Rounding(instr.attr[1]))));
+      Rounding rounding = Rounding(instr.attr[1]);
+      float x = rounding == Rounding::kEven ? float(y) : float(round_to(kFormatFloat, y, rounding));
+      out[l] = result(instr, x);
     }
   });
 }
@@ -285,7 +296,9 @@ bool decode_approx(const Opcode& opcode, Instr& instr) {
   if (!approx && !full) {
     if (name != "rcp" && name != "sqrt" && !is_div) unknown(opcode, "neither .approx nor known");
     return decode_ieee(opcode, instr, modifier,
-                       name == "rcp" ? kRcp : name == "sqrt" ? kSqrt : kDiv);
+                       name == "rcp"    ? kRcp
+                       : name == "sqrt" ? kSqrt
+                                        : kDiv);
   }
   instr.attr[0] = modifier.take("ftz");
   instr.attr[1] = approx;

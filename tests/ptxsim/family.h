@@ -6,6 +6,7 @@
 #include <string>
 #include <string_view>
 
+#include "cta.h"
 #include "machine.h"
 
 namespace ptxsim {
@@ -80,12 +81,15 @@ inline void lane_addresses(const Warp& warp, const Operand& o, uint64_t* address
   }
 }
 
-// 32 random bits for each lane; another `stream`, other bits.
-inline void random_lanes(Warp& warp, uint32_t* bits, uint32_t stream = 0) {
-  uint64_t seed = random_bits(warp);
-  uint32_t low = uint32_t(seed) + stream, high = uint32_t(seed >> 32);
+// 32 random bits for each lane, which the launch's seed and the lane's argument decide: a unit that
+// approximates gives the same result for the same argument in every lane and block, as hardware
+// does. Another `stream`, other bits.
+inline void random_lanes(const Warp& warp, const uint64_t* argument, uint32_t* bits,
+                         uint32_t stream = 0) {
+  const uint64_t seed = (warp.cta->launch->seed + 1) * 0x9e3779b97f4a7c15u;
+  const uint32_t low = uint32_t(seed) + stream, high = uint32_t(seed >> 32);
   for (int l = 0; l < kLanes; ++l) {
-    uint32_t x = (low + uint32_t(l) * 0x9e3779b9u) ^ high;
+    uint32_t x = (low + uint32_t(argument[l]) * 0x9e3779b9u) ^ high;
     x = (x ^ x >> 16) * 0x85ebca6bu;
     x = (x ^ x >> 13) * 0xc2b2ae35u;
     bits[l] = x ^ x >> 16;
