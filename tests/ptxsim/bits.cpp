@@ -331,10 +331,12 @@ bool decode_bits(const Opcode& opcode, Instr& instr) {
     expect_operands(opcode, instr, 5);
   } else if (name == "dp4a" || name == "dp2a") {
     if (name == "dp2a") instr.attr[2] = 1 + modifiers.required({"lo", "hi"}, "half");
-    instr.attr[0] = modifiers.take("s32");
-    if (!instr.attr[0]) modifiers.required({"u32"}, "type of a");
-    instr.attr[1] = opcode.last() == "s32";
-    modifiers.take(opcode.last());
+    for (size_t i = 0; i < 2; ++i) {  // the types of a and of b
+      std::string_view type = opcode.last(1 - i);
+      if (type != "s32" && type != "u32") unknown(opcode, "a type that is not known");
+      instr.attr[i] = type == "s32";
+      modifiers.take(type);
+    }
     instr.exec = dot;
     expect_operands(opcode, instr, 4);
   } else {
