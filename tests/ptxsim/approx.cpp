@@ -2,9 +2,9 @@
 // sin, cos, tanh, div.
 //
 // An approximation is computed in double, moved by an amount that the seed and the argument decide,
-// and rounded, so that it is
-// anywhere within the error that the PTX ISA allows and another seed gives other results: what
-// passes here rests on the promise, not on one chip's tables. The errors allowed are
+// and rounded, so that it is anywhere within the error that the PTX ISA allows and another seed
+// gives other results: what passes here rests on the promise, not on one chip's tables. The errors
+// allowed are
 //   ex2.f32 2 ulp, rcp.f32 1 ulp, div.approx.f32 and div.full.f32 2 ulp;
 //   lg2.f32 2^-22, absolute within (0.5, 2), relative elsewhere;
 //   sqrt.f32 2^-23, rsqrt.f32 2^-22.9, tanh.f32 2^-11, relative;
@@ -166,8 +166,10 @@ inline void approximate_halves(Warp& warp, const Instr& instr, Mask mask, F valu
   uint64_t* out = warp.out(instr.op[0]);
   bool ftz = instr.attr[0];
   uint32_t random[2][kLanes];
-  for (uint32_t half = 0; half < (kPacked ? 2 : 1); ++half) {
-    random_lanes(warp, in, random[half], half);
+  for (int half = 0; half < (kPacked ? 2 : 1); ++half) {
+    uint64_t bits[kLanes];
+    for (int l = 0; l < kLanes; ++l) bits[l] = in[l] >> (16 * half) & 0xffff;
+    random_lanes(warp, bits, random[half]);
   }
   each_lane(mask, [&](int l) {
     uint32_t packed = 0;
@@ -216,7 +218,9 @@ void divide_approx(Warp& warp, const Instr& instr, Mask mask) {
   const uint64_t *a = warp.in(instr.op[1]), *b = warp.in(instr.op[2]);
   uint64_t* out = warp.out(instr.op[0]);
   uint32_t random[kLanes];
-  random_lanes(warp, a, random);
+  uint64_t both[kLanes];
+  for (int l = 0; l < kLanes; ++l) both[l] = a[l] * 0x9e3779b1u + b[l];
+  random_lanes(warp, both, random);
   each_lane(mask, [&](int l) {
     float x = argument(instr, a[l]), y = argument(instr, b[l]);
     float quotient = move_ulps(float(double(x) / double(y)), random[l], 2);

@@ -209,10 +209,10 @@ bool decode_atomic(const Opcode& opcode, Instr& instr) {
   int items = vector < 0 ? 1 : 2 << vector;
   constexpr std::string_view kTypes[] = {"f16", "f16x2", "bf16", "bf16x2", "f32", "f64", "u32",
                                          "s32", "u64",   "s64",  "b32",    "b64", "b16"};
-  int type = modifier.required({kTypes[0], kTypes[1], kTypes[2], kTypes[3], kTypes[4], kTypes[5],
-                                kTypes[6], kTypes[7], kTypes[8], kTypes[9], kTypes[10],
-                                kTypes[11], kTypes[12]},
-                               "type");
+  int type = modifier.required(
+      {kTypes[0], kTypes[1], kTypes[2], kTypes[3], kTypes[4], kTypes[5], kTypes[6], kTypes[7],
+       kTypes[8], kTypes[9], kTypes[10], kTypes[11], kTypes[12]},
+      "type");
   Operation o;
   int parts = 1;
   if (type < 4) {

@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "machine.h"
 #include "family.h"
+#include "machine.h"
 #include "narrow.h"
 
 namespace ptxsim {
@@ -85,8 +85,8 @@ double decode_eight(int64_t type, uint32_t bits) {
   } else if (exponent == 0) {
     x = std::ldexp(fraction, format.min_exponent - fraction_bits);
   } else {
-    x = std::ldexp(fraction + (1 << fraction_bits), exponent - 1 + format.min_exponent -
-                                                        fraction_bits);
+    x = std::ldexp(fraction + (1 << fraction_bits),
+                   exponent - 1 + format.min_exponent - fraction_bits);
   }
   return bits & 0x80 ? -x : x;
 }
@@ -146,8 +146,8 @@ __int128 extend(int64_t type, uint64_t bits) {
 // The register is zero-extended in its slot. A result of .s8 is extended to the 16 bits of the
 // smallest register that can hold it.
 uint64_t truncate(const Instr& instr, __int128 x) {
-  int bits = std::max(bits_in(instr.attr[kTo]), int(instr.attr[4]));
-  return uint64_t(x) << (64 - bits) >> (64 - bits);
+  int cut = 64 - std::max(bits_in(instr.attr[kTo]), int(instr.attr[4]));
+  return uint64_t(extend(instr.attr[kTo], uint64_t(x))) << cut >> cut;
 }
 
 __int128 clamp_to(int64_t type, __int128 x) {
@@ -213,8 +213,7 @@ void one_by_one(Warp& warp, const Instr& instr, Mask mask) {
       if (is_integer(to)) {
         out[l] = truncate(instr, flags & kSat ? clamp_to(to, x) : x);
       } else {
-        out[l] =
-            to_float(instr, integer_to_double(x, to != kF64, Rounding(instr.attr[kRounding])));
+        out[l] = to_float(instr, integer_to_double(x, to != kF64, Rounding(instr.attr[kRounding])));
       }
     } else {
       double x = decode_float(from, in[l], flags & kFtz);
@@ -258,6 +257,14 @@ void narrow_pair(Warp& warp, const Instr& instr, Mask mask) {
   });
 }
 
+// 32-bit integers to f32, to nearest.
+template <class Integer>
+void integer_to_float(Warp& warp, const Instr& instr, Mask mask) {
+  const uint64_t* in = warp.in(instr.op[1]);
+  write_lanes(warp.out(instr.op[0]), mask,
+              [=](int l) -> uint64_t { return bits_of(float(Integer(in[l]))); });
+}
+
 // To a packed type from two f32, the first of which becomes the upper half.
 void pair_of_floats(Warp& warp, const Instr& instr, Mask mask) {
   const uint64_t *high = warp.in(instr.op[1]), *low = warp.in(instr.op[2]);
@@ -283,9 +290,9 @@ void pair_of_halves(Warp& warp, const Instr& instr, Mask mask) {
 
 // The type of one element, and whether there are two.
 bool parse_type(std::string_view text, int64_t& type, bool& packed) {
-  constexpr std::string_view kNames[kTypes] = {"u8",  "u16",  "u32", "u64", "s8",
-                                               "s16", "s32",  "s64", "f16", "bf16",
-                                               "f32", "f64",  "tf32", "e4m3", "e5m2"};
+  constexpr std::string_view kNames[kTypes] = {"u8",  "u16", "u32",  "u64",  "s8",
+                                               "s16", "s32", "s64",  "f16",  "bf16",
+                                               "f32", "f64", "tf32", "e4m3", "e5m2"};
   packed = text.ends_with("x2");
   if (packed) text.remove_suffix(2);
   for (type = 0; type < kTypes; ++type)
@@ -365,6 +372,8 @@ bool decode_convert(const Opcode& opcode, Instr& instr) {
     instr.attr[4] = 64 - bits_in(from);
     instr.attr[5] = 64 - bits_in(to);
     instr.exec = is_signed(from) ? extend_integer<true> : extend_integer<false>;
+  } else if (to == kF32 && plain && (from == kS32 || from == kU32)) {
+    instr.exec = from == kS32 ? integer_to_float<int32_t> : integer_to_float<uint32_t>;
   } else if (from == kF32 && plain && to == kF16) {
     instr.exec = narrow_float<Half>;
   } else if (from == kF32 && plain && to == kBF16) {

@@ -83,11 +83,10 @@ inline void lane_addresses(const Warp& warp, const Operand& o, uint64_t* address
 
 // 32 random bits for each lane, which the launch's seed and the lane's argument decide: a unit that
 // approximates gives the same result for the same argument in every lane and block, as hardware
-// does. Another `stream`, other bits.
-inline void random_lanes(const Warp& warp, const uint64_t* argument, uint32_t* bits,
-                         uint32_t stream = 0) {
+// does.
+inline void random_lanes(const Warp& warp, const uint64_t* argument, uint32_t* bits) {
   const uint64_t seed = (warp.cta->launch->seed + 1) * 0x9e3779b97f4a7c15u;
-  const uint32_t low = uint32_t(seed) + stream, high = uint32_t(seed >> 32);
+  const uint32_t low = uint32_t(seed), high = uint32_t(seed >> 32);
   for (int l = 0; l < kLanes; ++l) {
     uint32_t x = (low + uint32_t(argument[l]) * 0x9e3779b9u) ^ high;
     x = (x ^ x >> 16) * 0x85ebca6bu;

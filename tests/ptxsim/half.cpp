@@ -1,7 +1,7 @@
 // Arithmetic and comparisons of f16, f16x2, bf16 and bf16x2. Each result is rounded once, to
 // nearest even: the operation is done in double and rounded to odd until then (narrow.h).
-#include "machine.h"
 #include "family.h"
+#include "machine.h"
 #include "narrow.h"
 
 namespace ptxsim {
@@ -124,20 +124,20 @@ void change_sign(Warp& warp, const Instr& instr, Mask mask) {
 // A comparison is the set of the relations that make it true.
 enum Relation : uint32_t { kLess = 1, kEqual = 2, kGreater = 4, kUnordered = 8 };
 constexpr uint32_t kRelations[] = {
-    kEqual,                             // eq
-    kLess | kGreater,                   // ne
-    kLess,                              // lt
-    kLess | kEqual,                     // le
-    kGreater,                           // gt
-    kGreater | kEqual,                  // ge
-    kEqual | kUnordered,                // equ
-    kLess | kGreater | kUnordered,      // neu
-    kLess | kUnordered,                 // ltu
-    kLess | kEqual | kUnordered,        // leu
-    kGreater | kUnordered,              // gtu
-    kGreater | kEqual | kUnordered,     // geu
-    kLess | kEqual | kGreater,          // num
-    kUnordered,                         // nan
+    kEqual,                          // eq
+    kLess | kGreater,                // ne
+    kLess,                           // lt
+    kLess | kEqual,                  // le
+    kGreater,                        // gt
+    kGreater | kEqual,               // ge
+    kEqual | kUnordered,             // equ
+    kLess | kGreater | kUnordered,   // neu
+    kLess | kUnordered,              // ltu
+    kLess | kEqual | kUnordered,     // leu
+    kGreater | kUnordered,           // gtu
+    kGreater | kEqual | kUnordered,  // geu
+    kLess | kEqual | kGreater,       // num
+    kUnordered,                      // nan
 };
 
 enum Combine : int64_t { kAlone = -1, kAnd, kOr, kXor };

@@ -3,9 +3,9 @@
 // with tolerances, on both.) Integer sums wrap, or saturate with .satfinite.
 //
 // Fragments: register r of A holds, of an 8-row block of 4 * (elements per register) columns, row
-// l/4 and the columns that lane l%4 has in order; blocks run down the rows first, then along k. B is
-// the same with n for rows, and has one row of blocks. So a fragment's registers, lane after lane,
-// are the block in row-major order.
+// l/4 and the columns that lane l%4 has in order; blocks run down the rows first, then along k. B
+// is the same with n for rows, and has one row of blocks. So a fragment's registers, lane after
+// lane, are the block in row-major order.
 #include <cstring>
 
 #include "counters.h"

@@ -7,8 +7,8 @@
 #include <bit>
 
 #include "counters.h"
-#include "machine.h"
 #include "family.h"
+#include "machine.h"
 
 namespace ptxsim {
 namespace {
