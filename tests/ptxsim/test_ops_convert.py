@@ -28,6 +28,11 @@ def register(kind: str) -> str:
     return f"b{max(16, width(kind))}"
 
 
+def illegal(one: str, other: str) -> bool:
+    """bf16 is not converted to or from 8 bits: its instructions want registers of just its width."""
+    return "bf16" in (one, other) and 8 in (width(one), width(other))
+
+
 def limits(kind: str) -> tuple[int, int]:
     bits = width(kind)
     return (-(1 << bits - 1), (1 << bits - 1) - 1) if kind[0] == "s" else (0, (1 << bits) - 1)
@@ -81,6 +86,8 @@ def test_integers(source: str) -> None:
 def test_integer_to_float(source: str, mode: str) -> None:
     bits, values = integers(source, 1)
     for target in FLOATS:
+        if illegal(target, source):
+            continue
         format = FORMATS[target]
         got = execute(f"cvt.{mode}.{target}.{source}", [register(target)], bits)[0]
         expected = [format.round(Fraction(v), mode) for v in values]
@@ -113,6 +120,8 @@ def floats_near_integers(kind: str, seed: int) -> tuple[np.ndarray, list[Fractio
 def test_float_to_integer(source: str, mode: str) -> None:
     bits, values = floats_near_integers(source, 2)
     for target in INTEGERS:
+        if illegal(target, source):
+            continue
         low, high = limits(target)
         got = execute(f"cvt.{mode}.{target}.{source}", [register(target)], bits)[0]
         for lane, x in enumerate(values):
@@ -149,7 +158,7 @@ def narrowed(format: Format, kind: str, bits: int, source: str, mode: str) -> in
     return NANS[kind] if math.isnan(x) else format.infinity | sign << (format.width - 1)
 
 
-@pytest.mark.parametrize(("target", "source"), itertools.permutations(FLOATS, 2))
+@pytest.mark.parametrize(("target", "source"), list(itertools.permutations(FLOATS, 2)))
 def test_float_to_float(target: str, source: str) -> None:
     format = FORMATS[target]
     bits = edge_bits(FORMATS[source], 4, LANES)
@@ -322,6 +331,8 @@ def test_unknown_forms(opcode: str, reason: str) -> None:
 def test_every_pair_of_scalar_types_is_known() -> None:
     """No pair falls through to a missing case: the modes that PTX demands make it decode."""
     for target, source in itertools.product(INTEGERS + FLOATS, INTEGERS + FLOATS):
+        if illegal(target, source):
+            continue
         mode = ""
         if target in FLOATS and source in INTEGERS:
             mode = "rn."
