@@ -169,7 +169,7 @@ void resolve_global(Warp& warp, const Instr& instr, Mask mask, Space space, cons
       reject(warp, instr, forbidden, space, address, bytes, access, "read-only",
              ", which it may only read");
   }
-  for (int l = 0; l < kLanes; ++l) host[l] = reinterpret_cast<uint8_t*>(address[l]);
+  each_lane(mask, [&](int l) { host[l] = reinterpret_cast<uint8_t*>(address[l]); });
   if (!write || access == Access::kAtomic)
     count_sectors(cta.counters.global_read, mask, address, bytes);
   if (write) count_sectors(cta.counters.global_write, mask, address, bytes);
