@@ -9,6 +9,7 @@ from attnengine import headers, settings
 from attnengine.cache import text_get, text_put
 from attnengine.cache_entry import canonical, sha256
 
+# The first whose pip package has cutlass/version.h; the kernels were compiled with 3.5.0 and 4.2.0.
 AT_LEAST = (3, 5)
 _SUFFIXES = (".h", ".hpp", ".cuh", ".inl")
 REMEDY = "pip install 'attnengine[cuda]', or set ATTNENGINE_CUTLASS to a folder that has them"

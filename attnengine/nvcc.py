@@ -23,6 +23,8 @@ from attnengine.compiler import (
 )
 from attnengine.cutlass import Cutlass
 
+# C++20 came with 12.0. The kernels have been compiled by 13.0 and 13.4, and their PTX by the ptxas
+# of 12.4, without spills; none older was at hand.
 AT_LEAST = (12, 4)
 _USUAL = Path("/usr/local/cuda")
 _OWN_FLAGS = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 import attnengine as ae
 from attnengine import builtin, dispatch, prebuild, prebuild_run, settings
@@ -169,3 +170,28 @@ def test_targets(target: str) -> None:
 def test_targets_of_this_and_of_every_machine() -> None:
     assert prebuild_run.target_isas("cpu") == [dispatch.default_isa()]
     assert prebuild_run.target_isas("cpu:all") == list(settings.ISAS)
+
+
+def test_targets_of_cuda_and_several() -> None:
+    assert prebuild_run.target_isas("sm80") == prebuild_run.target_isas("sm_80") == ["sm_80"]
+    several = prebuild_run.target_isas("cpu:avx2,sm80,cpu:avx2,sm_86")
+    assert several == ["avx2", "sm_80", "sm_86"]
+    with pytest.raises(ValueError, match="--target cpu,sm70: .*cpu:all, sm80, .*by commas"):
+        prebuild_run.target_isas("cpu,sm70")
+
+
+def test_cuda_makes_what_it_has(tmp_path: Path) -> None:
+    """16-bit dtypes and head dims up to 256; the others are left out, with one line."""
+    log = (tmp_path / "log").open("w+")
+    every = Request(ae.variants.causal(), name="causal", head_dims=(64, (256, 320)))
+    found = prebuild_run._generated([every], ["sm_80"], Console(file=log))
+    labels = ["forward bf16 D64x64 sm_80 causal", "forward fp16 D64x64 sm_80 causal"]
+    assert sorted(kernel.label for kernel in found) == labels
+    assert {kernel.isa for kernel in found} == {"sm_80"}
+    log.seek(0)
+    assert log.read() == (
+        "CUDA kernels are bf16 or fp16 with head dims up to 256: 4 others are not made\n"
+    )
+    none = Request(ae.variants.causal(), "fp32", 64)
+    with pytest.raises(ValueError, match="up to 256: none of the requests is; see --dtypes and"):
+        prebuild_run._generated([none], ["sm_80"], Console(file=log))

@@ -119,10 +119,12 @@ def test_contents(files: dict[str, bytes], checkout: Path) -> None:
     """Each source of the package and each template once, two libraries, and nothing else."""
     package = [p for p in (checkout / "attnengine").rglob("*") if p.suffix in (".py", ".pyi")]
     expected = {p.relative_to(checkout).as_posix(): p.read_bytes() for p in package}
-    for path in (checkout / "templates").rglob("*.h"):
+    for path in (checkout / "templates").rglob("*.*h"):
+        assert path.suffix in (".h", ".cuh")
         expected[f"attnengine/{path.relative_to(checkout).as_posix()}"] = path.read_bytes()
     expected["attnengine/py.typed"] = b""
-    for name in ("demo/__main__.py", "_host.pyi", "templates/cpu/forward.h"):
+    templates = ("templates/cpu/forward.h", "templates/sm80/forward.cuh")
+    for name in ("demo/__main__.py", "_host.pyi", *templates):
         assert f"attnengine/{name}" in expected
     info = f"attnengine-{ae.__version__}.dist-info"
     rest = {n: d for n, d in files.items() if n not in expected and not n.startswith(info)}
@@ -147,6 +149,7 @@ def test_metadata_names_what_is_imported(files: dict[str, bytes], metadata: Mess
         if "extra ==" not in text
     }
     assert "torch>=2.11" in metadata.get_all("Requires-Dist", [])
+    assert {"cuda", "cuda13"} <= set(metadata.get_all("Provides-Extra", []))
     assert metadata["Version"] == ae.__version__
     assert metadata["License-Expression"] == "BSD-3-Clause"
     imported = set()
