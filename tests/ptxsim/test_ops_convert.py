@@ -29,7 +29,7 @@ def register(kind: str) -> str:
 
 
 def illegal(one: str, other: str) -> bool:
-    """bf16 is not converted to or from 8 bits: its instructions want registers of just its width."""
+    """bf16 wants registers of exactly its operands: none has 8 bits."""
     return "bf16" in (one, other) and 8 in (width(one), width(other))
 
 
