@@ -128,6 +128,7 @@ class Forward {
       store();
       if (mode == kFinite) break;
       mode = kAdd;
+      __syncthreads();  // nobody reads the ring that is filled again, and all outputs are stored
     }
   }
 
