@@ -24,15 +24,15 @@ bool is_predicate(const Operand& operand) { return operand.negated || operand.by
 
 // The lanes' sources are `bytes` long, any number up to 16: checked in powers of two.
 void resolve_source(Warp& warp, const Instr& instr, Mask mask, const uint64_t* address, int bytes,
-                    uint8_t* host[kLanes]) {
-  uint64_t part[kLanes];
-  uint8_t* ignored[kLanes];
+                    AsyncCopies::Copy& copy) {
+  uint64_t part[kLanes] = {};
+  uint8_t* host[kLanes];
   for (int done = 0; done < bytes;) {
     int step = 16;
     while (step > bytes - done || done % step != 0) step /= 2;
     each_lane(mask, [&](int l) { part[l] = address[l] + uint64_t(done); });
-    resolve(warp, instr, mask, Space::kGlobal, part, step, Access::kRead,
-            done == 0 ? host : ignored);
+    resolve(warp, instr, mask, Space::kGlobal, part, step, Access::kRead, host);
+    if (done == 0) each_lane(mask, [&](int l) { copy.source[l] = host[l]; });
     done += step;
   }
 }
@@ -79,8 +79,7 @@ void run_copy(Warp& warp, const Instr& instr, Mask mask) {
     copy.source_bytes[l] = uint8_t(source_bytes[l]);
   });
   for (int b = 1; b <= bytes; ++b)
-    if (by_size[b] != 0) resolve_source(warp, instr, by_size[b], address, b, host);
-  each_lane(mask & ~by_size[0], [&](int l) { copy.source[l] = host[l]; });
+    if (by_size[b] != 0) resolve_source(warp, instr, by_size[b], address, b, copy);
 
   warp.cta->shadow->begin_copy(warp, mask, copy.offset.data(), bytes);
   warp.cta->async->issue(warp, copy);
