@@ -1,7 +1,7 @@
-// Shadow against a model that remembers every access of every byte with the vector clocks of all
-// threads. Random accesses of all widths, barriers of the block and of some warps, and
-// bar.warp.sync of whole and half warps: both must call the same accesses races. Usage: shadow_test
-// ROUNDS
+// Shadow against a model that keeps, for every byte, who has ever read and written it, with the
+// vector clocks of all threads. Random accesses of all widths, barriers of the block and of some
+// warps, and bar.warp.sync of whole and half warps: both must call the same accesses races. Usage:
+// shadow_test ROUNDS
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -31,8 +31,8 @@ class Model {
   explicit Model(int warps)
       : threads_(warps * kLanes),
         clock_(size_t(threads_), std::vector<int>(size_t(threads_), 0)),
-        history_(kSharedBytes),
-        written_(kSharedBytes) {
+        reads_(kSharedBytes),
+        writes_(kSharedBytes) {
     for (int t = 0; t < threads_; ++t) clock_[t][t] = 1;
   }
 
@@ -41,18 +41,28 @@ class Model {
                     bool matrix) const {
     std::string verdict;
     each(warp, mask, offset, bytes, matrix, [&](int thread, uint32_t byte) {
-      if (!write && !written_[byte]) verdict = "uninitialized";
-      for (const Past& past : history_[byte])
-        if ((write || past.write) && past.thread != thread &&
-            past.clock > clock_[thread][past.thread] && verdict.empty())
-          verdict = "race";
+      if (!write && writes_[byte].empty()) verdict = "uninitialized";
+      auto unordered = [&](const Past& past) {
+        return past.thread != thread && past.clock > clock_[thread][past.thread];
+      };
+      for (const Past& past : writes_[byte])
+        if (unordered(past) && verdict.empty()) verdict = "race";
+      if (!write) return;
+      for (const Past& past : reads_[byte])
+        if (unordered(past) && verdict.empty()) verdict = "race";
     });
     return verdict;
   }
   void access(int warp, Mask mask, const uint32_t* offset, int bytes, bool write, bool matrix) {
     each(warp, mask, offset, bytes, matrix, [&](int thread, uint32_t byte) {
-      if (write) written_[byte] = true;
-      history_[byte].push_back({thread, clock_[thread][thread], write});
+      // A thread's latest access stands for its earlier ones.
+      std::vector<Past>& history = (write ? writes_ : reads_)[byte];
+      for (Past& past : history)
+        if (past.thread == thread) {
+          past.clock = clock_[thread][thread];
+          return;
+        }
+      history.push_back({thread, clock_[thread][thread]});
     });
   }
   void sync_lanes(int warp, Mask mask) {
@@ -82,7 +92,6 @@ class Model {
  private:
   struct Past {
     int thread, clock;
-    bool write;
   };
   static void join(std::vector<int>& into, const std::vector<int>& from) {
     for (size_t t = 0; t < into.size(); ++t) into[t] = std::max(into[t], from[t]);
@@ -97,8 +106,7 @@ class Model {
 
   int threads_;
   std::vector<std::vector<int>> clock_;
-  std::vector<std::vector<Past>> history_;
-  std::vector<bool> written_;
+  std::vector<std::vector<Past>> reads_, writes_;  // by byte
 };
 
 // One random program; counts its verdicts. False: the two disagree.
