@@ -77,8 +77,10 @@ class Lexer {
       number(token);
     } else if (c & kNameStart) {
       token.kind = Token::kWord;
-      while (at_ < end_ && (class_of(*at_) & kName ||
-                            (*at_ == ':' && peek(1) == ':' && class_of(peek(2)) & kName))) {
+      bool directive = *at_++ == '.';  // ".reg.b16" is two of them, as in cuda_fp16.h
+      while (at_ < end_ && !(directive && *at_ == '.') &&
+             (class_of(*at_) & kName ||
+              (*at_ == ':' && peek(1) == ':' && class_of(peek(2)) & kName))) {
         at_ += *at_ == ':' ? 2 : 1;
       }
     } else if (*at_ == '"') {
