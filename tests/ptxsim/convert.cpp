@@ -143,8 +143,7 @@ __int128 extend(int64_t type, uint64_t bits) {
                          : __int128(bits << shift >> shift);
 }
 
-// The register is zero-extended in its slot. A result of .s8 is extended to the 16 bits of the
-// smallest register that can hold it.
+// A signed result is extended to its register, of attr[4] bits, which is zero-extended in its slot.
 uint64_t truncate(const Instr& instr, __int128 x) {
   int cut = 64 - std::max(bits_in(instr.attr[kTo]), int(instr.attr[4]));
   return uint64_t(extend(instr.attr[kTo], uint64_t(x))) << cut >> cut;
@@ -365,8 +364,9 @@ bool decode_convert(const Opcode& opcode, Instr& instr) {
     if (two_sources && plain && to == kBF16) instr.exec = narrow_pair<Bfloat>;
     return true;
   }
-  bool extended = to == kS8;
-  instr.attr[4] = extended ? 16 : 0;
+  int register_bits = 8 * instr.op[0].bytes;
+  bool extended = is_integer(to) && is_signed(to) && register_bits > bits_in(to);
+  instr.attr[4] = extended ? register_bits : 0;
   instr.exec = one_by_one;
   if (is_integer(to) && is_integer(from) && flags == 0 && !extended) {
     instr.attr[4] = 64 - bits_in(from);

@@ -81,6 +81,19 @@ def test_integers(source: str) -> None:
         assert got.tolist() == [stored(target, min(max(v, low), high)) for v in values], target
 
 
+def test_wider_registers() -> None:
+    """Sources are cut to their type; signed results are extended to their register, others not."""
+    bits, values = integers("s64", 9)
+    for target, to in [("s8", 32), ("s8", 64), ("s16", 32), ("s16", 64), ("s32", 64), ("u8", 32)]:
+        for source in ("s8", "u16", "s32"):
+            got = execute(f"cvt.{target}.{source}", [f"b{to}"], bits)[0]
+            expected = [wrap(target, wrap(source, v)) % (1 << to) for v in values]
+            assert got.tolist() == expected, (target, to, source)
+    x = np.resize(np.array([-3.0, 200.0, -1000.0, np.nan], np.float32), 32)
+    got = execute("cvt.rni.s8.f32", ["b32"], x)[0]
+    assert got[:4].view(np.int32).tolist() == [-3, 127, -128, 0]
+
+
 @pytest.mark.parametrize("mode", ["rn", "rz", "rm", "rp"])
 @pytest.mark.parametrize("source", INTEGERS)
 def test_integer_to_float(source: str, mode: str) -> None:
