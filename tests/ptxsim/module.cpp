@@ -154,13 +154,14 @@ class ModuleParser {
   }
 
   uint64_t initial_value(std::string_view type) {
+    bool minus = in_.accept('-');
     const Token& token = in_.peek();
-    if (token.kind == Token::kFloat32) return in_.next().value;
+    if (token.kind == Token::kFloat32) return in_.next().value ^ (uint64_t{minus} << 31);
     if (token.kind == Token::kFloat64) {
-      uint64_t bits = in_.next().value;
+      uint64_t bits = in_.next().value ^ (uint64_t{minus} << 63);
       return type == ".f32" ? bits_of(float(as_double(bits))) : bits;
     }
-    if (token.kind != Token::kWord) return uint64_t(in_.integer());
+    if (token.kind != Token::kWord) return uint64_t(minus ? -in_.integer() : in_.integer());
     bool generic = in_.accept("generic");
     if (generic) in_.expect('(');
     const Token& name = in_.word("a variable");
