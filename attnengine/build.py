@@ -157,7 +157,7 @@ def _unavailable(wanted: Unit, reason: str) -> KernelUnavailable:
 def remedy(specs: str, isa: str) -> str:
     """What to do about a missing module: the prebuild command, with its --specs argument."""
     here, target = "install g++ 11 or newer, or where there is one run", f"cpu:{isa}"
-    if isa in settings.DEVICE_TARGETS:
+    if isa not in settings.ISAS:  # what a CUDA kernel is planned for
         here, target = f"{nvcc.REMEDY}; or where there is one run", isa.replace("_", "")
     return (
         f"  next step: {here}\n"

@@ -109,6 +109,14 @@ def test_cutlass_folder_or_its_include(alone: Path, monkeypatch: pytest.MonkeyPa
     assert "CUTLASS unknown in " in str(cutlass.find_cutlass())
 
 
+def test_remedy_names_the_target() -> None:
+    for target in ("sm_80", "sm_86"):  # the second is planned for, the same architecture compiled
+        text = build.remedy("builtin:causal", target)
+        assert f"--specs builtin:causal --target {target.replace('_', '')} --out DIR" in text
+        assert "CUDA toolkit 12.4 or newer" in text
+    assert "--target cpu:avx2" in build.remedy("FILE", "avx2")
+
+
 @pytest.mark.parametrize("target", ["sm_70", "sm_75", "sm_80; touch x", "sm_90a"])
 def test_unsupported_target(alone: Path, target: str) -> None:
     with pytest.raises(BuildError, match="expected one of sm_80 .* or use CPU tensors") as found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -178,6 +179,21 @@ def test_targets_of_cuda_and_several() -> None:
     assert several == ["avx2", "sm_80", "sm_86"]
     with pytest.raises(ValueError, match="--target cpu,sm70: .*cpu:all, sm80, .*by commas"):
         prebuild_run.target_isas("cpu,sm70")
+
+
+def test_cuda_starts_at_the_first_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine may know that the first spills registers; one that looks for it does not."""
+    request = Request(ae.variants.causal(), "bf16", 64, name="causal")
+    (first,) = prebuild.kernels(request, torch.bfloat16, 64, 64, "sm_80")
+    assert first.program is not None
+    known = dispatch.program(
+        request.spec, dispatch.captures_for(request.spec), torch.bfloat16, 64, 64, "sm_80"
+    )
+    later = dataclasses.replace(first.program.sources, forward="// another", candidate=2)
+    monkeypatch.setattr(known, "sources", later)
+    (again,) = prebuild.kernels(request, torch.bfloat16, 64, 64, "sm_80")
+    assert again.source == first.source and again.program is not None
+    assert again.program.sources.candidate == 0 and known.sources is later
 
 
 def test_cuda_makes_what_it_has(tmp_path: Path) -> None:
