@@ -262,7 +262,8 @@ def _alibi(shape: Shape, random: _Random, dtype: torch.dtype) -> Factory:
 
 def _bias(shape: Shape, random: _Random, dtype: torch.dtype) -> Factory:
     """score + bias[h, q_idx, kv_idx]: of the operands' dtype, stored with the heads inside."""
-    bias = random.normal(shape.L, shape.Hq, shape.S, dtype=dtype).transpose(0, 1)
+    columns = max(shape.S, 1)  # indexing an empty tensor cannot be traced
+    bias = random.normal(shape.L, shape.Hq, columns, dtype=dtype).transpose(0, 1)
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return score + bias[h, q_idx, kv_idx]

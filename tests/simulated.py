@@ -1,15 +1,17 @@
 """Runs the CUDA cases of tests/cuda_cases.py in the PTX simulator: numerics, reports, counters.
 
-    python -m tests.simulated [--full] [--case ID ...] [--seeds N] [--out DIR]
+    python -m tests.simulated [--full] [--case ID ...] [--seeds N] [--counters] [--record]
 
-prints one line per kernel and, with --out, writes simulated.json and simulated.md there. Exit
-status 1 if any kernel fails. ``make test-full`` runs the full matrix.
+prints one line per kernel. --counters adds what its launch on the first shape did. --record writes
+bench/results/simulated.json and the table of docs/status.md, which tests compare with it. Exit
+status 1 if any kernel fails. ``make test-full`` runs the full matrix and records it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import sys
 import time
 import warnings
@@ -26,6 +28,10 @@ from tests.cuda_cases import Case, Problem, Shape
 
 TARGET = "sm_80"
 SEEDS = 3
+ROOT = Path(__file__).resolve().parent.parent
+RECORD = ROOT / "bench" / "results" / "simulated.json"
+STATUS = ROOT / "docs" / "status.md"
+BEGIN, END = "<!-- simulated:begin -->", "<!-- simulated:end -->"
 
 
 def compiled(problem: Problem) -> Any:
@@ -72,6 +78,22 @@ class Outcome:
     error: str = ""
 
 
+def planned_flops(case: Case, shape: Shape, plan: Any) -> int:
+    """Of the products of one head whose mask visits only tiles with a live key."""
+    columns = sum(-(-d // 16) * 16 for d in case.dims)
+    visited = sum(case.tiles(shape, plan.block_m, plan.block_n))
+    return 2 * plan.block_m * plan.block_n * columns * visited
+
+
+def check_counters(counters: dict[str, Any], flops: int) -> None:
+    """What a launch must not do, whatever the kernel. Raises AssertionError."""
+    assert counters["mma_flops"] == flops, (
+        f"{counters['mma_flops']} FLOPs of products, the tiles with a live key take {flops}"
+    )
+    assert counters["matrix_bank_conflicts"] == 0, "ldmatrix has bank conflicts"
+    assert counters["local_read_bytes"] == counters["local_write_bytes"] == 0, "local memory"
+
+
 def run(case: Case, seeds: Sequence[int]) -> Outcome:
     """A case on all its shapes and seeds."""
     outcome, started = Outcome(case.id), time.monotonic()
@@ -85,6 +107,7 @@ def run(case: Case, seeds: Sequence[int]) -> Outcome:
             outcome.shapes += 1
             if number == 0:
                 outcome.counters = ptxsim.counters()
+                check_counters(outcome.counters, planned_flops(case, shape, plan))
                 module = compiled(problem).module
                 outcome.registers = module.registers
                 outcome.spill_bytes = module.spill_bytes
@@ -96,46 +119,79 @@ def run(case: Case, seeds: Sequence[int]) -> Outcome:
     return outcome
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
+def table(outcomes: Sequence[Outcome]) -> list[str]:
+    """The rows of docs/status.md."""
     lines = [
-        "| kernel | tile | registers | spills | shapes | simulated |",
+        "| kernel | tile | registers | spills | shapes | rung |",
         "|---|---|---|---|---|---|",
     ]
     for o in outcomes:
-        verdict = "passed" if not o.error else o.error.splitlines()[0][:120]
+        rung = "simulated" if not o.error else "compiles"
         lines.append(
-            f"| {o.id} | {o.tile} | {o.registers} | {o.spill_bytes} | {o.shapes} | {verdict} |"
+            f"| {o.id} | {o.tile} | {o.registers} | {o.spill_bytes} | {o.shapes} | {rung} |"
         )
-    failed = sum(bool(o.error) for o in outcomes)
-    lines.append(f"\n{len(outcomes) - failed} of {len(outcomes)} kernels passed.")
-    return "\n".join(lines)
+    return lines
+
+
+def summary(counters: dict[str, Any]) -> str:
+    """One launch in a line."""
+    c, read = counters, counters["global_read"]
+    return (
+        f"{c['instructions']['total']} instructions, {c['mma_flops'] / 1e6:.1f} MFLOP of products, "
+        f"{c['exp']} exp, {read['bytes']} bytes read in {read['sectors']} sectors "
+        f"({read['ideal_sectors']} ideal), {c['bank_conflicts']} bank conflicts "
+        f"({c['matrix_bank_conflicts']} of ldmatrix)"
+    )
+
+
+def record(outcomes: Sequence[Outcome], seeds: Sequence[int]) -> None:
+    """Writes the results and the table of docs/status.md."""
+    RECORD.write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
+    text = STATUS.read_text()
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    passed = sum(not o.error for o in outcomes)
+    lines = [
+        f"{passed} of {len(outcomes)} kernels passed every shape with {len(seeds)} orders of "
+        "execution each.",
+        "",
+        *table(outcomes),
+    ]
+    STATUS.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + after)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.simulated", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.simulated",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--full", action="store_true", help="the full matrix, not the cover")
     parser.add_argument("--case", action="append", default=[], metavar="ID")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--counters", action="store_true")
+    parser.add_argument("--record", action="store_true")
     options = parser.parse_args(arguments)
     cases: Sequence[Case] = cuda_cases.FULL if options.full else cuda_cases.COVER
     if options.case:
         cases = [cuda_cases.by_id(name) for name in options.case]
     seeds = range(1, options.seeds + 1)
     outcomes = []
-    with ProcessPoolExecutor(options.processes) as pool:
+    # Processes of their own: a fork would copy torch's threads.
+    with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
         for outcome in pool.map(run, cases, [seeds] * len(cases)):
             state = outcome.error or "passed"
-            print(f"{outcome.id:48s} {outcome.tile:28s} {outcome.seconds:6.1f} s  {state}", flush=True)
+            line = f"{outcome.id:44s} {outcome.tile:28s} {outcome.seconds:6.1f} s  {state}"
+            print(line, flush=True)
+            if options.counters and outcome.counters:
+                print(f"    {summary(outcome.counters)}", flush=True)
             outcomes.append(outcome)
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "simulated.json").write_text(
-            json.dumps([asdict(o) for o in outcomes], indent=1) + "\n"
-        )
-        (options.out / "simulated.md").write_text(table(outcomes) + "\n")
-    return int(any(o.error for o in outcomes))
+    if options.record:
+        record(outcomes, seeds)
+    failed = sum(bool(o.error) for o in outcomes)
+    print(f"{len(outcomes) - failed} passed, {failed} failed")
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

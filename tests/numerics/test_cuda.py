@@ -36,7 +36,6 @@ def test_cover(case: Case) -> None:
     outcome = simulated.run(case, SEEDS)
     assert outcome.error == ""
     assert outcome.spill_bytes == 0
-    assert outcome.counters["matrix_bank_conflicts"] == 0
 
 
 def causal(**options: Any) -> ae.AttentionSpec:
