@@ -46,21 +46,18 @@ inline double exp2_double(double x) {
   constexpr double kRound = 0x1.8p52;
   double shifted = x + kRound;  // the nearest integer in its last bits
   double f = (x - (shifted - kRound)) * 0.69314718055994530942;
-  double p = 1.0 / 6227020800;
-  constexpr double kInverse[] = {1.0 / 479001600,
-                                 1.0 / 39916800,
-                                 1.0 / 3628800,
-                                 1.0 / 362880,
-                                 1.0 / 40320,
-                                 1.0 / 5040,
-                                 1.0 / 720,
-                                 1.0 / 120,
-                                 1.0 / 24,
-                                 1.0 / 6,
-                                 1.0 / 2,
-                                 1.0,
-                                 1.0};
-  for (double c : kInverse) p = p * f + c;
+  double p = f * (1.0 / 6227020800) + 1.0 / 479001600;
+  p = p * f + 1.0 / 39916800;
+  p = p * f + 1.0 / 3628800;
+  p = p * f + 1.0 / 362880;
+  p = p * f + 1.0 / 40320;
+  p = p * f + 1.0 / 5040;
+  p = p * f + 1.0 / 720;
+  p = p * f + 1.0 / 120;
+  p = p * f + 1.0 / 24;
+  p = p * f + 1.0 / 6;
+  p = p * f + 1.0 / 2;
+  p = (p * f + 1.0) * f + 1.0;
   uint64_t exponent = std::bit_cast<uint64_t>(shifted) - std::bit_cast<uint64_t>(kRound);
   return std::bit_cast<double>(std::bit_cast<uint64_t>(p) + (exponent << 52));
 }

@@ -71,7 +71,7 @@ struct FloatSums {
     }
   }
   template <class Sum>
-  static void write(Warp& warp, const Operand& o, const Sum (*sum)[kColumns], bool) {
+  static void write(Warp& warp, const Operand& o, Sum (*sum)[kColumns], bool) {
     for (int r = 0; r < 4; ++r) {
       uint64_t* out = warp.out(o.items[size_t(r)]);
       for (int l = 0; l < kLanes; ++l) {
@@ -89,7 +89,7 @@ struct HalfSums {
       read_block<HalfElements>(warp.in(o.items[size_t(r)]), sum[8 * r], kColumns);
   }
   template <class Sum>
-  static void write(Warp& warp, const Operand& o, const Sum (*sum)[kColumns], bool) {
+  static void write(Warp& warp, const Operand& o, Sum (*sum)[kColumns], bool) {
     for (int r = 0; r < 2; ++r) {
       uint64_t* out = warp.out(o.items[size_t(r)]);
       for (int l = 0; l < kLanes; ++l) {
@@ -110,7 +110,7 @@ struct IntegerSums {
     }
   }
   template <class Sum>
-  static void write(Warp& warp, const Operand& o, const Sum (*sum)[kColumns], bool saturate) {
+  static void write(Warp& warp, const Operand& o, Sum (*sum)[kColumns], bool saturate) {
     for (int r = 0; r < 4; ++r) {
       uint64_t* out = warp.out(o.items[size_t(r)]);
       for (int l = 0; l < kLanes; ++l) {
@@ -128,8 +128,9 @@ void multiply(Warp& warp, const Instr& instr, Mask mask) {
   need_all_lanes(warp, instr, mask);
   using Sum = typename A::Sum;
   constexpr int kWidth = 4 * A::kPer, kDepth = kWidth * kBlocks;
-  alignas(64) Sum a[kRows][kDepth], b[kColumns][kDepth], turned[kDepth][kColumns];
-  alignas(64) Sum sum[kRows][kColumns];
+  using Row [[gnu::vector_size(kColumns * sizeof(Sum))]] = Sum;
+  alignas(64) Sum a[kRows][kDepth], b[kColumns][kDepth];
+  Row turned[kDepth], sum[kRows];
   for (int k = 0; k < kBlocks; ++k) {
     for (int half = 0; half < 2; ++half)
       read_block<A>(warp.in(instr.op[1].items[size_t(2 * k + half)]), &a[8 * half][kWidth * k],
@@ -138,15 +139,19 @@ void multiply(Warp& warp, const Instr& instr, Mask mask) {
   }
   for (int k = 0; k < kDepth; ++k)
     for (int n = 0; n < kColumns; ++n) turned[k][n] = b[n][k];
-  Sums::read(warp, instr.op[3], sum);
-  for (int m = 0; m < kRows; ++m) {
-    Sum row[kColumns];
-    for (int n = 0; n < kColumns; ++n) row[n] = sum[m][n];
-    for (int k = 0; k < kDepth; ++k)
-      for (int n = 0; n < kColumns; ++n) row[n] += a[m][k] * turned[k][n];
-    for (int n = 0; n < kColumns; ++n) sum[m][n] = row[n];
+  auto* sums = reinterpret_cast<Sum(*)[kColumns]>(sum);
+  Sums::read(warp, instr.op[3], sums);
+  for (int m = 0; m < kRows; m += 4) {  // four at a time: their additions do not wait for another
+    Row r0 = sum[m], r1 = sum[m + 1], r2 = sum[m + 2], r3 = sum[m + 3];
+    for (int k = 0; k < kDepth; ++k) {
+      r0 += a[m][k] * turned[k];
+      r1 += a[m + 1][k] * turned[k];
+      r2 += a[m + 2][k] * turned[k];
+      r3 += a[m + 3][k] * turned[k];
+    }
+    sum[m] = r0, sum[m + 1] = r1, sum[m + 2] = r2, sum[m + 3] = r3;
   }
-  Sums::write(warp, instr.op[0], sum, instr.attr[0] != 0);
+  Sums::write(warp, instr.op[0], sums, instr.attr[0] != 0);
 }
 
 template <class A, class B, class Sums>
