@@ -1,5 +1,7 @@
 #include "counters.h"
 
+#include <algorithm>
+#include <map>
 #include <sstream>
 
 namespace ptxsim {
@@ -34,10 +36,15 @@ Counters& Counters::operator+=(const Counters& other) {
   bank_conflicts += other.bank_conflicts;
   matrix_bank_conflicts += other.matrix_bank_conflicts;
   thread_blocks += other.thread_blocks;
+  regions.resize(std::max(regions.size(), other.regions.size()));
+  for (size_t r = 0; r < other.regions.size(); ++r) {
+    regions[r].read += other.regions[r].read;
+    regions[r].written += other.regions[r].written;
+  }
   return *this;
 }
 
-std::string Counters::json() const {
+std::string Counters::json(const std::vector<std::string>& names) const {
   std::ostringstream out;
   out << "{\"thread_blocks\": " << thread_blocks << ", \"instructions\": {";
   uint64_t total = 0;
@@ -56,7 +63,19 @@ std::string Counters::json() const {
   out << ", \"shared_read_bytes\": " << shared_read << ", \"shared_write_bytes\": " << shared_write
       << ", \"local_read_bytes\": " << local_read << ", \"local_write_bytes\": " << local_write
       << ", \"bank_conflicts\": " << bank_conflicts
-      << ", \"matrix_bank_conflicts\": " << matrix_bank_conflicts << "}";
+      << ", \"matrix_bank_conflicts\": " << matrix_bank_conflicts << ", \"regions\": {";
+  std::map<std::string, Bytes> by_name;
+  for (size_t r = 0; r < regions.size() && r < names.size(); ++r) {
+    by_name[names[r]].read += regions[r].read;
+    by_name[names[r]].written += regions[r].written;
+  }
+  const char* separator = "";
+  for (auto& [name, bytes] : by_name) {
+    out << separator << '"' << name << "\": {\"read\": " << bytes.read
+        << ", \"written\": " << bytes.written << "}";
+    separator = ", ";
+  }
+  out << "}}";
   return out.str();
 }
 

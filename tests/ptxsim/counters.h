@@ -3,6 +3,7 @@
 #include <array>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace ptxsim {
 
@@ -45,9 +46,14 @@ struct Counters {
   // Cycles beyond the fewest that the accesses' width allows.
   uint64_t bank_conflicts = 0, matrix_bank_conflicts = 0;
   uint64_t thread_blocks = 0;
+  struct Bytes {
+    uint64_t read = 0, written = 0;
+  };
+  std::vector<Bytes> regions;  // of global memory, as the launch's MemoryMap numbers them
 
   Counters& operator+=(const Counters& other);
-  std::string json() const;
+  // `names`: of the regions.
+  std::string json(const std::vector<std::string>& names) const;
 };
 
 }  // namespace ptxsim

@@ -5,11 +5,11 @@
 #include <algorithm>
 #include <cstring>
 #include <deque>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <thread>
 
+#include "device.h"
 #include "execute.h"
 #include "module.h"
 #include "regions.h"
@@ -27,40 +27,9 @@ LastLaunch& last_launch() {
   return last;
 }
 
-int shared_limit(int capability) {
-  constexpr int kKiB = 1024;
-  switch (capability) {
-    case 80:
-    case 87:
-      return 163 * kKiB;
-    case 86:
-    case 89:
-    case 120:
-      return 99 * kKiB;
-    case 90:
-    case 100:
-    case 103:
-      return 227 * kKiB;
-    default:
-      return 64 * kKiB;
-  }
-}
-
 namespace {
 
-constexpr int kDefaultShared = 48 * 1024;
-
 thread_local std::vector<Region> described;
-
-// Memory that the table allocated, by address.
-struct Allocations {
-  std::mutex mutex;
-  std::map<uint64_t, size_t> bytes;
-};
-Allocations& allocations() {
-  static Allocations all;
-  return all;
-}
 
 // Modules that were unloaded are kept for the next load of the same text.
 struct Parked {
@@ -71,12 +40,7 @@ Parked& parked() {
   static Parked all;
   return all;
 }
-constexpr size_t kMostParked = 64;
-
-ae_cu_result failed(ae_cu_result result, const std::string& why) {
-  last_launch().report = why;
-  return result;
-}
+constexpr size_t kMostParked = 8;  // of some 10 MB each
 
 Kernel* kernel_of(ae_cu_function f) { return reinterpret_cast<Kernel*>(f); }
 
@@ -94,67 +58,6 @@ std::unique_ptr<Module> load(std::string_view text) {
     }
   }
   return std::make_unique<Module>(text);
-}
-
-ae_cu_result init(unsigned int) { return AE_CU_SUCCESS; }
-
-ae_cu_result device_count(int* count) {
-  *count = 1;
-  return AE_CU_SUCCESS;
-}
-
-ae_cu_result device_get(ae_cu_device* device, int ordinal) {
-  if (ordinal != 0) return failed(AE_CU_INVALID_DEVICE, "the simulator is one device, number 0");
-  *device = 0;
-  return AE_CU_SUCCESS;
-}
-
-ae_cu_result device_attribute(int* value, int attribute, ae_cu_device) {
-  int capability = settings().capability;
-  switch (attribute) {
-    case AE_CU_DEVICE_MAX_THREADS_PER_BLOCK:
-      *value = 1024;
-      return AE_CU_SUCCESS;
-    case AE_CU_DEVICE_MAX_GRID_DIM_X:
-      *value = 0x7fffffff;
-      return AE_CU_SUCCESS;
-    case AE_CU_DEVICE_MAX_SHARED_PER_BLOCK:
-      *value = kDefaultShared;
-      return AE_CU_SUCCESS;
-    case AE_CU_DEVICE_MULTIPROCESSORS:
-      *value = settings().multiprocessors;
-      return AE_CU_SUCCESS;
-    case AE_CU_DEVICE_CAPABILITY_MAJOR:
-      *value = capability / 10;
-      return AE_CU_SUCCESS;
-    case AE_CU_DEVICE_CAPABILITY_MINOR:
-      *value = capability % 10;
-      return AE_CU_SUCCESS;
-    case AE_CU_DEVICE_MAX_SHARED_PER_BLOCK_OPTIN:
-      *value = shared_limit(capability);
-      return AE_CU_SUCCESS;
-    default:
-      return failed(AE_CU_INVALID_VALUE, "device attribute " + std::to_string(attribute) +
-                                             " is not one that the simulator knows");
-  }
-}
-
-ae_cu_context context() {
-  static char one;
-  return reinterpret_cast<ae_cu_context>(&one);
-}
-ae_cu_result primary_context(ae_cu_context* out, ae_cu_device) {
-  *out = context();
-  return AE_CU_SUCCESS;
-}
-ae_cu_result current_context(ae_cu_context* out) {
-  *out = context();
-  return AE_CU_SUCCESS;
-}
-ae_cu_result set_context(ae_cu_context) { return AE_CU_SUCCESS; }
-ae_cu_result context_device(ae_cu_device* device) {
-  *device = 0;
-  return AE_CU_SUCCESS;
 }
 
 // Where the caller gave a buffer for the compiler's words, the error goes there too.
@@ -275,10 +178,7 @@ void add_memory(MemoryMap& memory, const Module& module) {
   for (auto& [name, v] : module.variables)
     if (v.space != Space::kShared)
       memory.add({v.address, v.address + v.bytes, v.space == Space::kGlobal, std::string(name)});
-  std::lock_guard lock(allocations().mutex);
-  for (auto [address, bytes] : allocations().bytes)
-    memory.add(
-        {address, address + bytes, true, "allocation of " + std::to_string(bytes) + " bytes"});
+  add_allocations(memory);
   memory.finish();
 }
 
@@ -320,6 +220,8 @@ ae_cu_result launch_kernel(const ae_cu_launch_config* config, ae_cu_function f, 
                   "launch of " + std::string(kernel.function->name) + ": " + wrong);
   MemoryMap memory;
   add_memory(memory, *kernel.module);
+  last.regions.clear();
+  for (const Region& region : memory.regions()) last.regions.push_back(region.name);
   Launch launch;
   launch.kernel = &kernel;
   launch.memory = &memory;
@@ -341,78 +243,6 @@ ae_cu_result launch_kernel(const ae_cu_launch_config* config, ae_cu_function f, 
     return AE_CU_SUCCESS;
   } catch (const std::exception& e) {
     return failed(AE_CU_LAUNCH_FAILED, e.what());
-  }
-}
-
-ae_cu_result mem_alloc(ae_cu_ptr* out, size_t bytes) {
-  size_t rounded = align_up(std::max<size_t>(bytes, 1), 256);
-  void* memory = std::aligned_alloc(256, rounded);
-  if (memory == nullptr) return failed(AE_CU_OUT_OF_MEMORY, "out of memory");
-  std::memset(memory, 0xFF, rounded);  // device memory comes with anything in it
-  *out = reinterpret_cast<ae_cu_ptr>(memory);
-  std::lock_guard lock(allocations().mutex);
-  allocations().bytes[*out] = bytes;
-  return AE_CU_SUCCESS;
-}
-
-ae_cu_result mem_free(ae_cu_ptr address) {
-  std::lock_guard lock(allocations().mutex);
-  if (address != 0 && allocations().bytes.erase(address) == 0)
-    return failed(AE_CU_INVALID_VALUE, "an address that was not allocated is freed");
-  std::free(reinterpret_cast<void*>(address));
-  return AE_CU_SUCCESS;
-}
-
-ae_cu_result memset8(ae_cu_ptr address, unsigned char value, size_t bytes, ae_cu_stream) {
-  std::memset(reinterpret_cast<void*>(address), value, bytes);
-  return AE_CU_SUCCESS;
-}
-
-ae_cu_result copy_to_host(void* to, ae_cu_ptr from, size_t bytes, ae_cu_stream) {
-  std::memcpy(to, reinterpret_cast<const void*>(from), bytes);
-  return AE_CU_SUCCESS;
-}
-
-ae_cu_result is_capturing(ae_cu_stream, int* status) {
-  *status = AE_CU_CAPTURE_NONE;
-  return AE_CU_SUCCESS;
-}
-ae_cu_result synchronize(ae_cu_stream) { return AE_CU_SUCCESS; }
-ae_cu_result exchange_capture_mode(int* mode) {
-  static thread_local int current = AE_CU_CAPTURE_GLOBAL;
-  std::swap(*mode, current);
-  return AE_CU_SUCCESS;
-}
-
-ae_cu_result error_string(ae_cu_result error, const char** text) {
-  switch (error) {
-    case AE_CU_SUCCESS:
-      *text = "no error";
-      return AE_CU_SUCCESS;
-    case AE_CU_INVALID_VALUE:
-      *text = "invalid argument";
-      return AE_CU_SUCCESS;
-    case AE_CU_OUT_OF_MEMORY:
-      *text = "out of memory";
-      return AE_CU_SUCCESS;
-    case AE_CU_INVALID_DEVICE:
-      *text = "invalid device ordinal";
-      return AE_CU_SUCCESS;
-    case AE_CU_NO_BINARY_FOR_GPU:
-      *text = "no kernel image is available for execution on the device";
-      return AE_CU_SUCCESS;
-    case AE_CU_INVALID_PTX:
-      *text = "a PTX compilation failed";
-      return AE_CU_SUCCESS;
-    case AE_CU_NOT_FOUND:
-      *text = "named symbol not found";
-      return AE_CU_SUCCESS;
-    case AE_CU_LAUNCH_FAILED:
-      *text = "the simulated kernel failed";
-      return AE_CU_SUCCESS;
-    default:
-      *text = nullptr;
-      return AE_CU_INVALID_VALUE;
   }
 }
 

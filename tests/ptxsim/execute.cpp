@@ -10,6 +10,7 @@
 
 #include "memory.h"
 #include "module.h"
+#include "regions.h"
 
 namespace ptxsim {
 
@@ -175,6 +176,7 @@ Counters run_grid(Launch& launch, int threads) {
                 uint32_t(b / launch.grid[0] / launch.grid[1])};
       cta.threads = int(launch.block[0] * launch.block[1] * launch.block[2]);
       cta.random.state = mix(launch.seed, b);
+      cta.counters.regions.resize(launch.memory->regions().size());
       try {
         run_block(cta, space);
         mine += cta.counters;

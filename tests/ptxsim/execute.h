@@ -36,7 +36,8 @@ class WarpRunner {
   bool run(Warp& warp, int budget);
 
  private:
-  bool choose(Warp& warp, Group& group);
+  enum Choice { kNone, kLowest, kOutOfTurn };
+  Choice choose(Warp& warp, Group& group);
   void merge(Warp& warp, Group& group);
   bool others_first(const Warp& warp, const Group& group) const;
   // The lanes of `active` whose partners named by the instruction have all arrived.

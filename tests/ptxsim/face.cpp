@@ -21,7 +21,7 @@ void ptxsim_set_device(int capability, int multiprocessors) {
 // Of the calling thread's latest launch; valid until its next call.
 const char* ptxsim_counters() {
   auto& last = ptxsim::last_launch();
-  last.json = last.counters.json();
+  last.json = last.counters.json(last.regions);
   return last.json.c_str();
 }
 

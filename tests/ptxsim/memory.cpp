@@ -155,14 +155,21 @@ void resolve_global(Warp& warp, const Instr& instr, Mask mask, Space space, cons
   bool write = access != Access::kRead;
   check_aligned(warp, instr, mask, space, address, bytes, access);
   auto [low, high] = range_of(mask, address);
-  if (!memory.find(low, high + uint64_t(bytes), write)) {
+  auto count = [&](const Region& region, int lanes) {
+    Counters::Bytes& bytes_of = cta.counters.regions[region.index];
+    if (access != Access::kWrite) bytes_of.read += uint64_t(lanes) * uint64_t(bytes);
+    if (write) bytes_of.written += uint64_t(lanes) * uint64_t(bytes);
+  };
+  if (const Region* region = memory.find(low, high + uint64_t(bytes), write)) {
+    count(*region, std::popcount(mask));
+  } else {
     Mask bad = 0, forbidden = 0;
     each_lane(mask, [&](int l) {
       uint64_t end = address[l] + uint64_t(bytes);
-      if (!memory.find(address[l], end, false))
-        bad |= Mask{1} << l;
-      else if (write && !memory.find(address[l], end, true))
-        forbidden |= Mask{1} << l;
+      if (const Region* own = memory.find(address[l], end, write))
+        count(*own, 1);
+      else
+        (memory.find(address[l], end, false) ? forbidden : bad) |= Mask{1} << l;
     });
     if (bad) reject(warp, instr, bad, space, address, bytes, access, "out-of-bounds", "");
     if (forbidden)

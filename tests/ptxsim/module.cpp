@@ -238,6 +238,7 @@ Module::Module(std::string_view ptx) : text(ptx) {
   initial.assign(storage.get(), storage.get() + storage_bytes + 256);
   for (auto& [name, function] : functions)
     if (function.entry && function.body != 0) kernels.emplace(name, decode_kernel(*this, function));
+  tokens = {};
 }
 
 void Module::reset() {

@@ -86,8 +86,8 @@ struct Kernel {
 
 struct Module {
   std::string text;
-  std::vector<Token> tokens;
-  int target = 0;  // 80 of sm_80
+  std::vector<Token> tokens;  // while it is read
+  int target = 0;             // 80 of sm_80
   std::map<std::string_view, Function> functions;
   std::map<std::string_view, Variable> variables;
   std::map<int, std::string_view> files;

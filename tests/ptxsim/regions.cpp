@@ -7,6 +7,7 @@ void MemoryMap::finish() {
             [](const Region& a, const Region& b) { return a.begin < b.begin; });
   uint64_t end = 0;
   for (size_t r = 0; r < regions_.size(); ++r) {
+    regions_[r].index = r;
     if (clusters_.empty() || regions_[r].begin >= end) {
       starts_.push_back(regions_[r].begin);
       clusters_.push_back({r, r});

@@ -11,6 +11,7 @@ struct Region {
   uint64_t begin = 0, end = 0;
   bool writable = false;
   std::string name;
+  size_t index = 0;  // among the map's regions
 };
 
 // Regions in order of address. They may overlap; those that do form a cluster, so that most
@@ -32,6 +33,7 @@ class MemoryMap {
         return &regions_[r];
     return nullptr;
   }
+  const std::vector<Region>& regions() const { return regions_; }
   // Where an address is, in words: "4 bytes past the end of 'out' (64 bytes)".
   std::string describe(uint64_t address) const;
 

@@ -33,7 +33,7 @@ WarpRunner::WarpRunner(Cta& cta)
       limit_(cta.launch->instruction_limit) {}
 
 // Takes the group that runs next out of the warp's list.
-bool WarpRunner::choose(Warp& warp, Group& group) {
+WarpRunner::Choice WarpRunner::choose(Warp& warp, Group& group) {
   auto& groups = warp.groups;
   for (Group& g : groups)
     if (g.ready != nullptr && g.ready(warp, *g.at, g.mask, g.token)) {
@@ -46,9 +46,11 @@ bool WarpRunner::choose(Warp& warp, Group& group) {
     ++runnable;
     if (best == groups.size() || groups[i].pc < groups[best].pc) best = i;
   }
-  if (runnable == 0) return false;
+  if (runnable == 0) return kNone;
+  Choice choice = kLowest;
   if (runnable > 1 && (++turns_ & 63) == 0) {
     // Lanes that spin at a low pc must not keep the others from what they wait for.
+    choice = kOutOfTurn;
     size_t skip = cta_.random() % runnable;
     for (size_t i = 0; i < groups.size(); ++i)
       if (groups[i].at == nullptr && skip-- == 0) {
@@ -59,7 +61,7 @@ bool WarpRunner::choose(Warp& warp, Group& group) {
   group = groups[best];
   groups[best] = groups.back();
   groups.pop_back();
-  return true;
+  return choice;
 }
 
 // Lanes that are at the same instruction, and not waiting for something else, go on together.
@@ -174,7 +176,9 @@ bool WarpRunner::control(Warp& warp, const Instr& instr, Group& group, Mask acti
 bool WarpRunner::run(Warp& warp, int budget) {
   bool progress = false;
   Group group;
-  while (budget > 0 && choose(warp, group)) {
+  while (budget > 0) {
+    Choice choice = choose(warp, group);
+    if (choice == kNone) break;
     merge(warp, group);
     bool alone = warp.groups.empty();
     bool keep = true;  // the group is still there, and may go on
@@ -228,7 +232,7 @@ bool WarpRunner::run(Warp& warp, int budget) {
       if (!alone && keep) {
         merge(warp, group);
         alone = warp.groups.empty();
-        if (!alone && others_first(warp, group)) break;
+        if (!alone && choice == kLowest && others_first(warp, group)) break;
       }
     }
     if (keep) warp.groups.push_back(group);

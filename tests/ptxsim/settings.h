@@ -23,8 +23,9 @@ int shared_limit(int capability);
 
 struct LastLaunch {
   Counters counters;
-  std::string report;  // of the failure; empty after success
-  std::string json;    // what the C functions return
+  std::vector<std::string> regions;  // names, as the counters number them
+  std::string report;                // of the failure; empty after success
+  std::string json;                  // what the C functions return
 };
 LastLaunch& last_launch();  // of the calling thread
 

@@ -203,7 +203,12 @@ def test_sectors(stride: int, size: int, sectors: int, ideal: int) -> None:
     data = {4: "%r0", 8: "%w0", 16: "{%r0, %r1, %r2, %r3}"}[size]
     kind = {4: "b32", 8: "b64", 16: "v4.b32"}[size]
     body = f"mul.lo.u64 %w1, %tw, {stride}; add.s64 %w1, %w1, %q1; ld.global.{kind} {data}, [%w1];"
-    read = counted(body)["global_read"]
+    counts = counted(body)
+    assert counts["regions"] == {
+        "argument 0": {"read": 0, "written": 0},
+        "argument 1": {"read": 32 * size, "written": 0},
+    }
+    read = counts["global_read"]
     assert read == {"bytes": 32 * size, "sectors": sectors, "ideal_sectors": ideal}
 
 
