@@ -112,6 +112,7 @@ __device__ int table[8] = {3, 1, 4, 1, 5, 9, 2, 6};
 __constant__ float weights[4] = {0.5f, 1.5f, 2.5f, 3.5f};
 __device__ int* places[2] = {table, table + 3};
 __shared__ int fixed[32];
+__device__ int ticket;
 extern __shared__ int sized[];
 
 // Generic addresses of all spaces.
@@ -188,4 +189,10 @@ KERNEL spin_lock(int* lock, int* count) {
       done = true;
     }
   }
+}
+
+// Which place in the order of the block's warps each had, turn by turn.
+KERNEL order(int* out) {
+  for (int turn = 0; turn < 16; ++turn)
+    if (threadIdx.x % 32 == 0) out[turn * 8 + threadIdx.x / 32] = atomicAdd(&ticket, 1);
 }

@@ -261,3 +261,40 @@ def test_misaligned(core: str) -> None:
     start = -raw.ctypes.data % 4 + 2
     report = read(raw[start : start + 4 * N], N, core)  # type: ignore[arg-type]
     assert report.startswith("misaligned: ") and "not a multiple of 4" in report
+
+
+def test_each_seed_has_its_own_order_of_warps(core: str) -> None:
+    def order(seed: int) -> list[int]:
+        out = np.zeros(128, np.int32)
+        ptxsim.run(core, "order", 1, 256, [out], seed=seed)
+        assert sorted(out.tolist()) == list(range(128))
+        return out.tolist()
+
+    orders = [order(seed) for seed in range(6)]
+    assert len({tuple(o) for o in orders}) == 6
+    assert orders == [order(seed) for seed in range(6)]
+    firsts = {o.index(0) % 8 for o in orders}
+    assert len(firsts) > 1
+
+
+def test_lanes_that_meet_again_go_on_together() -> None:
+    """Each instruction behind the branches is counted once for the warp."""
+    text = """.version 9.0
+.target sm_80
+.address_size 64
+.visible .entry k(.param .u64 p) { .reg .b64 %q<3>; .reg .b32 %r<4>; .reg .pred %p<3>;
+  ld.param.u64 %q0, [p]; mov.u32 %r0, %laneid; mul.wide.u32 %q1, %r0, 4; add.s64 %q0, %q0, %q1;
+  setp.lt.u32 %p0, %r0, 7; setp.lt.u32 %p1, %r0, 20; mov.u32 %r1, 0;
+  @%p0 bra A; @%p1 bra B;
+  cvt.u16.u32 %r2, %r0; bra JOIN;
+A: cvt.u16.u32 %r2, %r0; bra JOIN;
+B: cvt.u16.u32 %r2, %r0;
+JOIN: ex2.approx.f32 %r3, 0f00000000; nanosleep.u32 20; ex2.approx.f32 %r3, 0f00000000;
+  mov.u32 %r1, %clock; st.global.u32 [%q0], %r1; ret; }"""
+    out = np.zeros(32, np.int32)
+    ptxsim.run(text, "k", 1, 32, [out])
+    counts = ptxsim.counters()
+    assert counts["instructions"]["convert"] == 3  # once for each side
+    assert counts["instructions"]["exp"] == 2 and counts["exp"] == 64
+    assert counts["instructions"]["store"] == 1
+    assert len(set(out.tolist())) == 1 and out[0] > 10
