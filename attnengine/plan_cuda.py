@@ -7,6 +7,7 @@ SM for 1000 scores: that of the busiest resource, and of the others what its war
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 
 from .arch import CUDA, CUDA_OP_COST, SHARED_RESERVED, CudaArch
 from .ir import REDUCTIONS, walk
@@ -17,12 +18,16 @@ from .trace import Traced
 MAX_HEAD_DIM = 256
 ELEMENTS = ("f16", "bf16")
 REGISTERS_OF_THREAD = 255
-# Addresses, operands on their way to a product, counters: with so many beside sums, scores, Q and
-# the states of rows, ptxas spills nothing (found with that of CUDA 13.0).
+# What an estimate may reach. Addresses, operands on their way to a product and counters take about
+# OTHER_REGISTERS beside sums, scores, Q and the states of rows; ptxas of CUDA 13.0 then spills
+# nothing in nearly all kernels of the test suite, and where it does the next candidate is taken.
+MOST_REGISTERS = 240
 OTHER_REGISTERS = 56
 # Addresses and values of reads that are on their way together, for each key of a row that a thread
 # has: the compiler starts all of them before it uses one.
-GATHER_REGISTERS = 3
+GATHER_REGISTERS = 4
+FUNCTION_REGISTERS = 20  # constants and steps of a function that takes many instructions
+LONG_FUNCTION = 10  # instructions
 HELD_REGISTERS = 176  # sums, scores and Q together, up to which Q stays (sm80/forward.cuh)
 LIVE_KEYS = 1024  # of a row, for estimates
 LATENCY = 900.0  # cycles from the start of a copy to its end
@@ -39,7 +44,7 @@ def candidates(key: KernelKey, traced: Traced, isa: str) -> list[Plan]:
     tiles = list(itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)))
     out: list[Plan] = []
     # The estimate is on the safe side: where it leaves nothing, the smallest excess may do.
-    for most in (REGISTERS_OF_THREAD, 275, 300, 350, 400):
+    for most in (MOST_REGISTERS, 255, 275, 300, 350, 400):
         found = [_candidate(key, traced, arch, *tile, most) for tile in tiles]
         out = [p for p in found if p is not None]
         if out:
@@ -79,32 +84,40 @@ def shared_bytes(d: int, dv: int, block_m: int, block_n: int, stages: int) -> in
 
 
 def registers(
-    d: int, dv: int, block_m: int, block_n: int, warps: int, row_values: int = 3, gathers: int = 0
+    d: int, dv: int, block_m: int, block_n: int, warps: int, needs: Needs | None = None
 ) -> int:
-    """An estimate of a thread's registers; ptxas decides. ``row_values``: of each row, those that
-    the functors keep; ``gathers``: how many reads of captured tensors there are for a key."""
+    """An estimate of a thread's registers; ptxas decides."""
+    needs = needs or Needs(3, False, False)
     blocks = block_m // warps // 16  # of 16 rows
     sums, scores = blocks * _round(dv, 16) // 2, blocks * block_n // 2
     held = 4 * blocks * _round(d, 16) // 16
     if held > 32 or sums + scores + held > HELD_REGISTERS:
         held = 4 * blocks
-    return (
-        sums + scores + held + 2 * blocks * row_values + OTHER_REGISTERS
-        + (GATHER_REGISTERS * block_n // 4 if gathers else 0)
-    )  # fmt: skip
+    extra = GATHER_REGISTERS * block_n // 4 if needs.gathers else 0
+    extra += FUNCTION_REGISTERS if needs.functions else 0
+    return sums + scores + held + 2 * blocks * needs.row_values + OTHER_REGISTERS + extra
 
 
-def row_values(traced: Traced) -> tuple[int, int]:
-    """How many values of each row a thread keeps: running states, the factor, and what mask and
-    score read of the row; and how many reads of captured tensors there are for a key."""
-    kept = 1 + len(traced.row.init)
-    roots = [n for n in (traced.mask, traced.score) if n is not None]
-    nodes = list(walk(roots))
-    gathers = sum(n.vec and n.op == "gather" for n in nodes)
+@dataclass(frozen=True)
+class Needs:
+    """What functors need registers for."""
+
+    row_values: int  # of each row: states, the factor, and what mask and score read of the row
+    gathers: bool  # reads of captured tensors for a key
+    functions: bool  # a long function of a score
+
+
+def needs_of(traced: Traced) -> Needs:
+    masked, row = [n for n in (traced.mask, traced.score) if n is not None], traced.row
+    nodes = list(walk(masked))
     fixed = {
         a.id for n in nodes if n.vec for a in n.args if not a.vec and a.op not in ("const", "splat")
     }
-    return kept + len(fixed), gathers
+    scored = [n for n in (traced.score, row.weights_online) if n is not None]
+    long = any(n.vec and CUDA_OP_COST.get(n.op, (0, 0))[0] >= LONG_FUNCTION and n.op != "gather"
+               for n in walk(scored))  # fmt: skip
+    gathers = any(n.vec and n.op == "gather" for n in nodes)
+    return Needs(1 + len(row.init) + len(fixed), gathers, long)
 
 
 def _candidate(
@@ -122,7 +135,7 @@ def _candidate(
     if rows not in (16, 32):
         return None
     bytes_of_block = shared_bytes(d, dv, block_m, block_n, stages)
-    estimate = registers(d, dv, block_m, block_n, warps, *row_values(traced))
+    estimate = registers(d, dv, block_m, block_n, warps, needs_of(traced))
     if bytes_of_block > arch.shared_bytes_of_block or estimate > most_registers:
         return None
     threads = 32 * warps
