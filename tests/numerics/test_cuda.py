@@ -185,7 +185,9 @@ def test_the_same_bits_in_any_order_of_warps() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
     q, k, v = problems.operands(dtype)
-    with pytest.raises((NotImplementedError, TypeError), match=r"float16.*bfloat16|bfloat16.*float16"):
+    with pytest.raises(
+        (NotImplementedError, TypeError), match=r"float16.*bfloat16|bfloat16.*float16"
+    ):
         ae.compile(ae.AttentionSpec(), q, k, v, target="sm_80", backward=False)
 
 
