@@ -84,7 +84,8 @@ def threads(count: int) -> None:
 
 
 def instruction_limit(count: int) -> None:
-    """Instructions of its warps after which a thread block counts as one that does not end."""
+    """Instructions of its warps after which a thread block counts as one that does not end; 0: as
+    many as it runs in half a minute or so."""
     library().ptxsim_set_instruction_limit(count)
 
 

@@ -202,6 +202,8 @@ std::string check_launch(const ae_cu_launch_config& config, const Kernel& kernel
     return "more shared memory than a thread block may have";
   for (unsigned i = 0; i < config.attribute_count; ++i) {
     const ae_cu_launch_attribute& a = config.attributes[i];
+    if (a.id == 2 && a.value.cooperative)
+      return "cooperative launches are not simulated: thread blocks run one after another";
     if (a.id == 4 && a.value.cluster.x * a.value.cluster.y * a.value.cluster.z != 1)
       return "clusters of more than one thread block are not simulated";
   }

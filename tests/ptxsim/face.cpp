@@ -12,7 +12,9 @@ const ae_driver* ptxsim_driver();
 
 void ptxsim_set_seed(uint64_t seed) { ptxsim::settings().seed = seed; }
 void ptxsim_set_threads(int threads) { ptxsim::settings().threads = threads; }
-void ptxsim_set_instruction_limit(uint64_t limit) { ptxsim::settings().instruction_limit = limit; }
+void ptxsim_set_instruction_limit(uint64_t limit) {  // 0: the one that it starts with
+  ptxsim::settings().instruction_limit = limit ? limit : ptxsim::Settings::kInstructionLimit;
+}
 void ptxsim_set_device(int capability, int multiprocessors) {
   ptxsim::settings().capability = capability;
   ptxsim::settings().multiprocessors = multiprocessors;

@@ -12,7 +12,9 @@ struct Settings {
   std::atomic<uint64_t> seed{0};
   std::atomic<int> threads{0};  // host threads of a launch; 0: as many as the machine has
   // Of a thread block, in instructions of its warps: beyond is a program that does not end.
-  std::atomic<uint64_t> instruction_limit{2'000'000'000};
+  // Half a minute or so.
+  static constexpr uint64_t kInstructionLimit = 300'000'000;
+  std::atomic<uint64_t> instruction_limit{kInstructionLimit};
   std::atomic<int> capability{80};  // the device: 80 is sm_80
   std::atomic<int> multiprocessors{108};
 };
