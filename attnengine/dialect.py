@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
+from .arch import CUDA
 from .emit import ELEMENT, SCALAR, VECTOR, DeviceEmitter, Emitter
 from .key import KernelKey
 from .plan import Plan
@@ -185,7 +186,7 @@ class Registers(Dialect):
         return f"s[c] = {text};"
 
     def header(self, plan: Plan, key: KernelKey, facts: Mapping[str, object]) -> list[str]:
-        isa = plan.target.partition(":")[2]
+        family = CUDA[plan.target.partition(":")[2]].code.replace("_", "")
         manifest = {
             "kind": key.kind, "dtype": key.element, "head_dim": key.head_dim,
             "value_dim": key.value_dim, "capture_count": len(key.captures), **facts,
@@ -195,7 +196,7 @@ class Registers(Dialect):
         return [
             title(plan, key),
             f"// manifest: {json.dumps(manifest)}",
-            f'#include "{isa.replace("_", "")}/{key.kind}.cuh"',
+            f'#include "{family}/{key.kind}.cuh"',
             "namespace {",
             *self.plan_struct(plan, key),
             "struct Fn {",

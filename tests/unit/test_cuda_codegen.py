@@ -167,6 +167,8 @@ def test_candidates_are_legal_and_sorted(d: int, dv: int, isa: str) -> None:
 def test_smaller_shared_memory_has_plans_of_its_own() -> None:
     large, small = best(256), best(256, isa="sm_86")
     assert large.shared_bytes > 99 << 10 >= small.shared_bytes
+    for isa in arch.CUDA:
+        assert '#include "sm80/forward.cuh"' in pipeline(alibi(), isa=isa).sources.forward
     assert [arch.cuda_target(c) for c in (80, 86, 87, 89, 90, 100, 120)] == [
         "sm_80", "sm_86", "sm_80", "sm_86", "sm_80", "sm_80", "sm_86",
     ]  # fmt: skip
