@@ -100,7 +100,7 @@ struct Module {
   void reset();                           // as if loaded anew
 };
 
-// body.cpp
+// body.cpp: called while the module is read, for each of its kernels.
 std::unique_ptr<Kernel> decode_kernel(const Module& module, const Function& function);
 // Rows while a kernel is decoded: special registers and what calls need are numbered from 1 and
 // stay; registers of the function being decoded are numbered from kVirtualRows, and once it is

@@ -217,11 +217,11 @@ int main(int argc, char** argv) {
   using namespace ptxsim;
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 1000;
   const Module module(kText);
-  const std::unique_ptr<Kernel> kernel = decode_kernel(module, module.functions.at("kernel"));
+  const Kernel& kernel = *module.kernels.at("kernel");
   std::map<std::string, int> verdicts;
   int disagreements = 0;
   for (int round = 0; round < rounds; ++round)
-    disagreements += !run(uint64_t(round), *kernel, verdicts);
+    disagreements += !run(uint64_t(round), kernel, verdicts);
   std::printf("%d races, %d uninitialized reads, %d legal accesses, %d disagreements\n",
               verdicts["race"], verdicts["uninitialized"], verdicts[""], disagreements);
   return disagreements != 0 || verdicts["race"] < rounds / 4 || verdicts["uninitialized"] == 0;
