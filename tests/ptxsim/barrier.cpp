@@ -31,7 +31,7 @@ uint64_t uniform(Warp& warp, const Instr& instr, Mask mask, const Operand& opera
 bool barrier_ready(Warp& warp, const Instr& instr, Mask lanes, uint64_t token) {
   const Barriers& barriers = *warp.cta->barriers;
   const int barrier = int(token & 0xff);
-  if (!barriers.completed(warp, barrier, uint32_t(token >> 8))) return false;
+  if (!barriers.completed(barrier, uint32_t(token >> 8))) return false;
   if (instr.attr[kAction] == Barriers::kReduce) {
     const Barriers::Votes votes = barriers.votes(warp, barrier);
     uint64_t* out = warp.out(instr.op[0]);
@@ -158,10 +158,6 @@ void Barriers::complete_if_due(int barrier) {
   b.arrived = b.waiting = b.begun = 0;
   b.votes = Votes{};
   b.lanes.fill(0);
-}
-
-bool Barriers::completed(const Warp&, int barrier, uint32_t phase) const {
-  return at_[barrier].phase != phase;
 }
 
 void Barriers::exited(const Warp& warp) {

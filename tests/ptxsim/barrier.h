@@ -23,7 +23,7 @@ class Barriers {
   // `threads` 0: no count is given. `holds`: lanes whose predicate holds, of a reduction.
   void arrive(Warp& warp, const Instr& instr, Mask lanes, uint64_t barrier, uint64_t threads,
               Action action, Mask holds);
-  bool completed(const Warp& warp, int barrier, uint32_t phase) const;
+  bool completed(int barrier, uint32_t phase) const { return at_[barrier].phase != phase; }
   uint32_t phase(int barrier) const { return at_[barrier].phase; }
   struct Votes {  // of a reduction
     uint32_t threads = 0, hold = 0;

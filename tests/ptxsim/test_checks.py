@@ -178,6 +178,16 @@ def test_what_is_synchronised_computes_the_right_values(
 
 
 @needs_nvcc
+def test_a_long_run_is_checked_to_its_end(folder: Path) -> None:
+    _, out = launch("accesses", "long_run_fixed", folder, 0)
+    np.testing.assert_array_equal(out[:64], 70000 + (T64 ^ 32))
+    with pytest.raises(ptxsim.Fault) as error:
+        launch("accesses", "long_run_broken", folder, 0)
+    found = places(str(error.value))
+    assert error.value.kind == "race" and all(p & marked("accesses", "long_run") for p in found)
+
+
+@needs_nvcc
 @pytest.mark.parametrize("seed", SEEDS)
 def test_copies_fill_up_with_zeros(seed: int, folder: Path) -> None:
     given, out = launch("copies", "zero_fill_fixed", folder, seed)

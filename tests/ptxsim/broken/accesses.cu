@@ -83,3 +83,23 @@ KERNEL(parts_of_words_fixed) {
   }
   out[t] = sum;
 }
+
+// More accesses than the shadow memory remembers one by one (2^18), part of them in narrow cells,
+// then a race with an access that is still remembered.
+template <bool kFixed>
+__device__ void long_run(const Buffers& a) {
+  __shared__ float tile[64];
+  __shared__ unsigned short halves[64];
+  const int t = threadIdx.x;
+  halves[t] = static_cast<unsigned short>(t);
+  float x = 0;
+#pragma unroll 1
+  for (int i = 0; i < 70000; ++i) {
+    tile[t] = x + 1;  // @long_run @long_run-other
+    if (kFixed || i < 69999) __syncthreads();
+    x = tile[t ^ 32];  // @long_run @long_run-other
+    __syncthreads();
+  }
+  a.out[t] = x + float(halves[t ^ 32]);
+}
+TWINS(long_run)
