@@ -7,7 +7,6 @@ Index arithmetic is 64-bit in meaning; where intervals prove that it fits, it is
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 
 from .ir import FLOATS, INTS, Node, const_value, walk
@@ -336,40 +335,6 @@ def by_query(index: Sequence[Node]) -> bool:
 
 def is_key(n: Node) -> bool:
     return n.op == "input" and n.attr[0] == "k"
-
-
-class DeviceEmitter(Emitter):
-    """For scalars in a thread's registers (``templates/cuda/math.cuh``)."""
-
-    def _minus_row(self, x: Node) -> tuple[Node, Node, bool] | None:
-        """``x`` is a - b or a + b for a row scalar b: (a, b, whether it is added)."""
-        if x.op not in ("add", "sub") or x.dtype != "f32":
-            return None
-        a, b = x.args
-        if x.op == "add" and b.vec:
-            a, b = b, a
-        return (a, b, x.op == "add") if a.vec and not b.vec else None
-
-    def _reciprocal(self, c: float) -> str:  # rounded here: nvcc warns of digits that get lost
-        return float_literal(struct.unpack("f", struct.pack("f", 1 / c))[0], "f32")
-
-    def _only_raw(self, n: Node, root: Node) -> bool:
-        return super()._only_raw(n, root) or (n is not root and self._minus_row(n) is not None)
-
-    def _compute(self, n: Node) -> str:
-        if n.op == "exp" and n.dtype == "f32" and self._raw_shift(n.args[0]) is None:
-            shifted = self._minus_row(n.args[0]) if n.args[0].id not in self.names else None
-            if shifted is not None:  # one fused multiply-add instead of two operations
-                a, row = (self.as_rep(x, "f32") for x in shifted[:2])
-                return f"ae::exp_minus({a}, {f'-({row})' if shifted[2] else row})"
-        return super()._compute(n)
-
-    def _gather(self, n: Node) -> str:
-        args = [self.env, str(n.attr[0]), self.live if n.vec else "true"]
-        for a in n.args:
-            text = self.index(a)
-            args.append(f"ae::nonnegative({text})" if self.ranges.of(a)[0] >= 0 else text)
-        return f"ae::gather<{ELEMENT[n.dtype]}>({', '.join(args)})"
 
 
 class IntervalEmitter(Emitter):

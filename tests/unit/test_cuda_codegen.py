@@ -18,7 +18,7 @@ from test_codegen_golden import alibi, code_of, documents, hostile_spec, sink
 from torch import Tensor
 
 import attnengine as ae
-from attnengine import arch, dispatch, library, nvcc, plan_cuda, target
+from attnengine import arch, dispatch, gate, library, nvcc, plan_cuda, target
 from attnengine.capture import captures_of_spec
 from attnengine.plan import Plan
 from tests import ptxsim
@@ -372,6 +372,50 @@ class TestFunctions:
         got = ae.compile(spec, q, k, v, target="sm_80")(q, k, v)[0, 0].float()
         want = torch.stack([t.diagonal().float() for t in tables], 1)
         torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+INF = float("inf")
+
+
+class Counted(ae.OnlineFunc):
+    """Weights without a maximum, and a running number: dead rows keep theirs."""
+
+    state = {"n": 0.0}
+
+    def update(self, scores: Tensor, state: dict) -> tuple[Tensor, dict, Any]:
+        w = torch.relu(scores)
+        return w, {"n": state["n"] + w.sum()}, 1.0
+
+    def finalize(self, out: Tensor, state: dict) -> tuple[Tensor, dict]:
+        return out / (1 + state["n"]), {"n": state["n"]}
+
+    def weights(self, scores: Tensor, saved: dict) -> Tensor:
+        return torch.relu(scores) / (1 + saved["n"])
+
+
+class TestSpecialScores:
+    """NaN and +inf of live keys reach their row and no other; -inf is a dead key."""
+
+    pytestmark = compiles
+
+    @pytest.mark.parametrize("row", ["softmax", "counted", "sigmoid"])
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_rows(self, row: str, causal: bool, simulator: None) -> None:
+        g = torch.Generator().manual_seed(0)
+        table = torch.zeros(8, 150)
+        table[1, 3], table[2], table[3], table[4, 3] = float("nan"), float("nan"), -INF, INF
+        table[5, :130] = -INF  # its first live key is in a later tile
+        table[6, 130:], table[7, ::2] = -INF, -INF
+        spec = ae.AttentionSpec(
+            score_mod=lambda s, b, h, q, k: s + table[q, k],
+            mask_mod=(lambda b, h, q, k: k <= q + 142) if causal else None,
+            row_func={"softmax": ae.Softmax(), "counted": Counted(), "sigmoid": ae.Sigmoid()}[row],
+        )
+        q = torch.randn(1, 1, 8, 16, generator=g).half()
+        k, v = (torch.randn(1, 1, 150, 16, generator=g).half() for _ in "kv")
+        attn = ae.compile(spec, q, k, v, target="sm_80")
+        expected = gate.Expectation(spec, q, k, v, grads=False)
+        expected.check(lambda q, k, v: attn(q, k, v, return_aux=True))
 
 
 def _on_numbers(f: Callable[[Tensor, Tensor], Any], x: Tensor, n: Tensor) -> Tensor:
