@@ -28,6 +28,7 @@ OTHER_REGISTERS = 56
 GATHER_REGISTERS = 4
 FUNCTION_REGISTERS = 20  # constants and steps of a function that takes many instructions
 LONG_FUNCTION = 10  # instructions
+STATIC_SHARED = 3 << 10  # bytes of a block besides: classes of tiles, factors of rows, rounded up
 HELD_REGISTERS = 176  # sums, scores and Q together, up to which Q stays (sm80/forward.cuh)
 LIVE_KEYS = 1024  # of a row, for estimates
 LATENCY = 900.0  # cycles from the start of a copy to its end
@@ -41,7 +42,7 @@ def candidates(key: KernelKey, traced: Traced, isa: str) -> list[Plan]:
     """Every legal candidate, cheapest first. Raises NotImplementedError where there is none."""
     arch = CUDA[isa]
     _check(key)
-    tiles = list(itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)))
+    tiles = list(itertools.product((64, 128), (16, 32, 64, 128), (4, 8), (2, 3, 4)))
     out: list[Plan] = []
     # The estimate is on the safe side: where it leaves nothing, the smallest excess may do.
     for most in (MOST_REGISTERS, 255, 275, 300, 350, 400):
@@ -136,12 +137,12 @@ def _candidate(
         return None
     bytes_of_block = shared_bytes(d, dv, block_m, block_n, stages)
     estimate = registers(d, dv, block_m, block_n, warps, needs_of(traced))
-    if bytes_of_block > arch.shared_bytes_of_block or estimate > most_registers:
+    if bytes_of_block + STATIC_SHARED > arch.shared_bytes_of_block or estimate > most_registers:
         return None
     threads = 32 * warps
     blocks = min(
         arch.registers // (_round(min(estimate, REGISTERS_OF_THREAD), 8) * threads),
-        arch.shared_bytes // (bytes_of_block + SHARED_RESERVED),
+        arch.shared_bytes // (bytes_of_block + STATIC_SHARED + SHARED_RESERVED),
         arch.threads // threads,
     )
     cost = _cost(key, traced, arch, block_m, block_n, warps, stages, blocks)
