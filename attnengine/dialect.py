@@ -247,6 +247,7 @@ class Registers(Dialect):
             f"  static constexpr int kWarps = {plan.warps}, kStages = {plan.stages};",
             f"  static constexpr int kSharedBytes = {plan.shared_bytes};",
             f"  static constexpr bool kPackGroup = {flag(plan.pack_group)};",
+            f"  static constexpr bool kHoldQ = {flag(plan.hold_q)};",
             "};",
         ]
 

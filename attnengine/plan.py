@@ -87,6 +87,7 @@ class Plan:
     warps: int = 0  # of a CUDA thread block, which split its rows
     stages: int = 0  # tiles of keys and values in its ring
     shared_bytes: int = 0  # its dynamic shared memory
+    hold_q: bool = False  # its warps keep Q as operands in registers
 
     @property
     def bf16_dot(self) -> bool:

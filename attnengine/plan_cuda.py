@@ -29,7 +29,7 @@ GATHER_REGISTERS = 4
 FUNCTION_REGISTERS = 20  # constants and steps of a function that takes many instructions
 LONG_FUNCTION = 10  # instructions
 STATIC_SHARED = 3 << 10  # bytes of a block besides: classes of tiles, factors of rows, rounded up
-HELD_REGISTERS = 176  # sums, scores and Q together, up to which Q stays (sm80/forward.cuh)
+MOST_HELD = 32  # registers of Q as operands: beyond, shared memory is read as fast as it is used
 LIVE_KEYS = 1024  # of a row, for estimates
 LATENCY = 900.0  # cycles from the start of a copy to its end
 # What reading operands costs beyond its bytes: FlashAttention-2 loses 18 to 28 % with 8 warps of 16
@@ -85,18 +85,26 @@ def shared_bytes(d: int, dv: int, block_m: int, block_n: int, stages: int) -> in
 
 
 def registers(
-    d: int, dv: int, block_m: int, block_n: int, warps: int, needs: Needs | None = None
+    d: int,
+    dv: int,
+    block_m: int,
+    block_n: int,
+    warps: int,
+    hold_q: bool,
+    needs: Needs | None = None,
 ) -> int:
     """An estimate of a thread's registers; ptxas decides."""
     needs = needs or Needs(3, False, False)
     blocks = block_m // warps // 16  # of 16 rows
     sums, scores = blocks * _round(dv, 16) // 2, blocks * block_n // 2
-    held = 4 * blocks * _round(d, 16) // 16
-    if held > 32 or sums + scores + held > HELD_REGISTERS:
-        held = 4 * blocks
+    held = held_registers(d, block_m, warps) if hold_q else 4 * blocks
     extra = GATHER_REGISTERS * block_n // 4 if needs.gathers else 0
     extra += FUNCTION_REGISTERS if needs.functions else 0
     return sums + scores + held + 2 * blocks * needs.row_values + OTHER_REGISTERS + extra
+
+
+def held_registers(d: int, block_m: int, warps: int) -> int:
+    return 4 * (block_m // warps // 16) * _round(d, 16) // 16
 
 
 @dataclass(frozen=True)
@@ -136,7 +144,10 @@ def _candidate(
     if rows not in (16, 32):
         return None
     bytes_of_block = shared_bytes(d, dv, block_m, block_n, stages)
-    estimate = registers(d, dv, block_m, block_n, warps, needs_of(traced))
+    needs = needs_of(traced)
+    hold_q = held_registers(d, block_m, warps) <= MOST_HELD
+    hold_q = hold_q and registers(d, dv, block_m, block_n, warps, True, needs) <= MOST_REGISTERS
+    estimate = registers(d, dv, block_m, block_n, warps, hold_q, needs)
     if bytes_of_block + STATIC_SHARED > arch.shared_bytes_of_block or estimate > most_registers:
         return None
     threads = 32 * warps
@@ -145,7 +156,7 @@ def _candidate(
         arch.shared_bytes // (bytes_of_block + STATIC_SHARED + SHARED_RESERVED),
         arch.threads // threads,
     )
-    cost = _cost(key, traced, arch, block_m, block_n, warps, stages, blocks)
+    cost = _cost(key, traced, arch, block_m, block_n, warps, stages, blocks, hold_q)
     dp, dvp = _round(d, 16), _round(dv, 16)
     tensors = (
         Tensor("Q", block_m, d, "shared", 2 * block_m * pitch(d)),
@@ -161,7 +172,8 @@ def _candidate(
     reasons = (
         f"{warps} warps of {rows} rows: each reads a tile of K and V of "
         f"{2 * block_n * (dp + dvp)} bytes for itself",
-        f"about {estimate} of {REGISTERS_OF_THREAD} registers of a thread",
+        f"about {estimate} of {REGISTERS_OF_THREAD} registers of a thread, "
+        f"{'Q among them' if hold_q else 'Q read from shared memory for each tile of keys'}",
         f"{bytes_of_block} of {arch.shared_bytes_of_block} bytes of shared memory: {blocks} "
         f"block{'s' if blocks > 1 else ''} of an SM at a time",
         "rows of a group share tiles" if not key.group_varies else
@@ -171,7 +183,7 @@ def _candidate(
         key.kind, f"cuda:{arch.name}", key.element, "f32", key.element, d, dv, block_m, block_n,
         pack_group=not key.group_varies, split_kv=False, partition="tiles", virtual_workers=0,
         scratch_bytes=0, tensors=tensors, cost=cost, reasons=reasons,
-        warps=warps, stages=stages, shared_bytes=bytes_of_block,
+        warps=warps, stages=stages, shared_bytes=bytes_of_block, hold_q=hold_q,
     )  # fmt: skip
 
 
@@ -200,6 +212,7 @@ def _cost(
     warps: int,
     stages: int,
     blocks: int,
+    hold_q: bool,
 ) -> DeviceCost:
     d, dv = _round(key.head_dim, 16), _round(key.value_dim, 16)
     scores = block_m * block_n
@@ -211,8 +224,7 @@ def _cost(
     # Sums are scaled once a tile; a reduction of a row takes two exchanges, 8 rows at a time.
     alu = (scores * plain + block_m * dv) / arch.fma + block_m / 8 * 2 * reductions
     tile = 2.0 * block_n * (d + dv)
-    held = 4 * (block_m // warps // 16) * d // 16 <= 32
-    shared = (tile * (1 + warps) + (0 if held else 2 * block_m * d)) / arch.shared_bytes_per_cycle
+    shared = (tile * (1 + warps) + (0 if hold_q else 2 * block_m * d)) / arch.shared_bytes_per_cycle
     shared *= LDMATRIX
     memory = (tile + 2 * block_m * (d + dv) * block_n / LIVE_KEYS) / arch.l2_bytes_per_cycle
     # The warps of a scheduler overlap one's products with another's functions, up to a point;

@@ -21,6 +21,7 @@
 //     kBlockM, kBlockN          rows and keys of a score tile
 //     kWarps, kStages           warps split the rows; tiles of K and V in the ring
 //     kPackGroup                the query heads of a kv head share row tiles
+//     kHoldQ                    Q's operands stay in registers, else each tile of keys reads them
 //     kSharedBytes              the planned total of dynamic shared memory
 //   struct Fn
 //     kStates, kStats, kUserStats, kCaptures, kMaskCaptures (bits), kHasMask, kHasQMod, kHasKMod,
@@ -87,9 +88,8 @@ class Forward {
   static constexpr int kSums = VTile::kChunks * 2;   // output columns of a row and thread
   static constexpr int kSteps = QTile::kChunks / 2;  // of 16 columns of Q and K
   static constexpr int kStates = Fn::kStates > 0 ? Fn::kStates : 1;
-  // Q as operands of the products stays in registers where there is room beside scores and sums.
-  static constexpr bool kHoldQ =
-      kSteps * kAtoms <= 8 && 4 * kSteps * kAtoms + kRows * (kSums + kKeys) <= 176;
+  // Q as operands of the products stays in registers where the plan found room.
+  static constexpr bool kHoldQ = Plan::kHoldQ;
 
   static_assert(Plan::kSharedBytes == Shared::kBytes, "the plan's shared memory total is wrong");
   static_assert(kBlockM % (16 * Plan::kWarps) == 0, "warps split the rows in blocks of 16");

@@ -9,6 +9,7 @@ struct Plan {
   static constexpr int kWarps = 4, kStages = 2;
   static constexpr int kSharedBytes = 15360;
   static constexpr bool kPackGroup = true;
+  static constexpr bool kHoldQ = true;
 };
 struct Fn {
   static constexpr int kCaptures = 2;
