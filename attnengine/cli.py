@@ -67,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
         "MODULE:NAME, requests or a function that is run",
     )  # fmt: skip
     prebuild.add_argument(
-        "--target", default="cpu", metavar="TARGET,...",
+        "--target",
+        default="cpu",
+        metavar="TARGET,...",
         help="cpu, cpu:ISA or cpu:all; sm80 and the like for CUDA",
     )
     prebuild.add_argument(
