@@ -304,6 +304,10 @@ def _attention_fake(
 ) -> tuple[Tensor, Tensor]:
     if not _operands_agree(q, k, v):
         _refuse(resolve(key, "forward"), q, k, v, captures)
+    if q.device.type == "cuda":  # a kernel for the CPU must not pass for one
+        kernel = resolve(key, "forward")
+        if not _has_place(library.kernel_info(kernel), q):
+            _refuse(kernel, q, k, v, captures)
     return _fake_results(q, v, _saved_stats(key)[0])
 
 

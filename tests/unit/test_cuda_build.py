@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from attnengine import (
+    AttentionSpec,
     build,
     cache_upkeep,
     cli,
@@ -26,7 +27,6 @@ from attnengine import (
     kernel_wheel,
     nvcc,
     staging,
-    variants,
 )
 from attnengine.cache import Store
 from attnengine.errors import BuildError, KernelUnavailable
@@ -386,22 +386,22 @@ class TestShipped:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         """A builtin variant for CUDA beside a CPU, made without a GPU and found without nvcc."""
-        words = ["--specs", "builtin:causal", "--dtypes", "bf16", "--head-dims", "64"]
+        words = ["--specs", "builtin:full", "--dtypes", "bf16", "--head-dims", "128"]
         out = tmp_path / "kernels"
         command = ["prebuild", *words, "--forward-only", "--target", "cpu,sm80", "--out", str(out)]
         assert cli.main(command) == 0
         assert "2 kernels, 2 new in " in capsys.readouterr().out
         (kernel,) = out.rglob("kernel.cubin")
         facts = json.loads(kernel.with_name("cuda.json").read_text())
-        assert (facts["kind"], facts["dtype"], facts["head_dim"]) == ("forward", "bf16", 64)
+        assert (facts["kind"], facts["dtype"], facts["head_dim"]) == ("forward", "bf16", 128)
         assert facts["entries"]["ae_forward"]["spill_bytes"] == 0
         monkeypatch.setenv("ATTNENGINE_AOT_PATH", str(out))
         monkeypatch.setenv("ATTNENGINE_CACHE_DIR", str(tmp_path / "cache"))
         monkeypatch.setenv("CUDA_HOME", "/nowhere")
         build.forget()
-        spec = variants.causal()
+        spec = AttentionSpec()
         captures = dispatch.captures_for(spec)
-        program = dispatch.program(spec, captures, torch.bfloat16, 64, 64, "sm_80")
+        program = dispatch.program(spec, captures, torch.bfloat16, 128, 128, "sm_80")
         assert program.device_module().folder == kernel.parent
         with pytest.raises(KernelUnavailable, match="'/nowhere' has no bin/nvcc"):
             dispatch.program(spec, captures, torch.bfloat16, 8, 8, "sm_80").device_module()

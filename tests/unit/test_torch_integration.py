@@ -414,7 +414,8 @@ def test_forward_mode_gradient(which: str) -> None:
 
 
 def test_cuda_tensors() -> None:
-    """Refused by name, without a GPU too: a fake tensor stands for one."""
+    """fp32 on CUDA, and the CPU's kernels there, are refused by name, without a GPU too: a fake
+    tensor stands for one."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -426,11 +427,16 @@ def test_cuda_tensors() -> None:
         ae.flex_attention,
         warm,
         lambda *x: ae.attention(*x, plain),
+    ]
+    for call in calls:
+        with pytest.raises(NotImplementedError, match=r"float32 on cuda:0; CUDA kernels support"):
+            call(x, x, x)
+    operators: list[Callable] = [
         lambda *x: torch.ops.attnengine.attention(*x, [], warm.key, 1.0),
         lambda *x: torch.ops.attnengine.forward(*x, [], warm.id, 1.0, False),
     ]
-    for call in calls:
-        with pytest.raises(NotImplementedError, match=r"q is on cuda.*CPU"):
+    for call in operators:
+        with pytest.raises(ValueError, match=r"q is on cuda:0 but this kernel .* for the CPU"):
             call(x, x, x)
 
 
