@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -160,6 +161,7 @@ class Program:
         try:
             if self.is_cuda:
                 made = self.loaded = self.device_module()
+                self._warn_of_spills(made)
                 return library.load_cuda_kernel(
                     made.ptx_path, made.cubin_path, made.manifest, captures
                 )
@@ -192,6 +194,17 @@ class Program:
         if self.memo is not None:
             cache.text_put(*self.memo, chosen.to_json())
         return made
+
+    def _warn_of_spills(self, made: build.DeviceModule) -> None:
+        """No tile without spills was found: the kernel is right, and slower than it should be."""
+        if made.spill_bytes:
+            warnings.warn(
+                f"attnengine: the CUDA kernel {self.name} spills {made.spill_bytes} bytes of "
+                f"registers, which makes it slow, and the other tiles that were tried spill more; "
+                "simplify score_mod or mask_mod, or split the heads (handle.module has the counts)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _remedy(self, kind: str, source: str) -> str:
         meaning = serialize.load(self.sources.meaning)

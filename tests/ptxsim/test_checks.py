@@ -3,9 +3,7 @@ place, and that it lets the corrected twin of each broken kernel pass."""
 
 from __future__ import annotations
 
-import functools
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from numpy.typing import NDArray
 
 from tests import ptxsim
 from tests.ptxsim import library_build
+from tests.ptxsim.sources import needs_nvcc, ptx_of
 
 HERE = Path(__file__).parent
 BROKEN = HERE / "broken"
@@ -78,15 +77,9 @@ KINDS = {
 }
 CASES = [(file, name) for file, kinds in KINDS.items() for name in kinds]
 
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 
-
-@functools.cache
 def ptx(file: str, folder: Path) -> str:
-    out = folder / f"{file}.ptx"
-    command = ["nvcc", "-arch=compute_80", "-ptx", "-lineinfo", "-std=c++17"]
-    subprocess.run([*command, str(BROKEN / f"{file}.cu"), "-o", str(out)], check=True)
-    return out.read_text()
+    return ptx_of(f"broken/{file}.cu", folder, "-lineinfo")
 
 
 @pytest.fixture(scope="session")

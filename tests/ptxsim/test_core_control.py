@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 import struct
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,19 +11,17 @@ import pytest
 from numpy.typing import NDArray
 
 from tests import ptxsim
+from tests.ptxsim.sources import needs_nvcc, ptx_of
 
 N = 230  # not a multiple of a warp, nor of a block
 SOURCE = Path(__file__).parent / "core.cu"
 
-pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+pytestmark = needs_nvcc
 
 
 @pytest.fixture(scope="module")
 def core(tmp_path_factory: pytest.TempPathFactory) -> str:
-    out = tmp_path_factory.mktemp("core") / "core.ptx"
-    command = ["nvcc", "-arch=compute_80", "-ptx", "-lineinfo", "-std=c++17"]
-    subprocess.run([*command, str(SOURCE), "-o", str(out)], check=True)
-    return out.read_text()
+    return ptx_of(SOURCE.name, tmp_path_factory.mktemp("core"), "-lineinfo")
 
 
 def line_of(text: str) -> int:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -12,23 +9,20 @@ import pytest
 import torch
 
 from tests import ptxsim
+from tests.ptxsim.sources import needs_nvcc, ptx_of
 
 pytestmark = [
-    pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc"),
+    needs_nvcc,
     pytest.mark.parametrize("target", [80, 90]),
 ]
 BLOCKS, THREADS = 4, 128
 LANES = BLOCKS * THREADS
 
 
-@functools.cache
 def compiled(target: int, folder: Path) -> str:
     """For sm_90, which has more instructions for halves, also with fast approximations."""
-    source = Path(__file__).parent / "operations.cu"
-    out = folder / f"operations{target}.ptx"
-    options = [f"-arch=compute_{target}", "-std=c++17", *["-use_fast_math"] * (target == 90)]
-    subprocess.run(["nvcc", "-ptx", *options, str(source), "-o", str(out)], check=True)
-    return out.read_text()
+    options = ["-use_fast_math"] if target == 90 else []
+    return ptx_of("operations.cu", folder, *options, target=target)
 
 
 @pytest.fixture(scope="module")

@@ -280,6 +280,17 @@ class TestSpills:
         again = dispatch.resolve(spec, q, k, v, "sm_80")[0]
         assert again.sources == attn.program.sources
 
+    def test_a_kernel_that_spills_is_no_secret(
+        self, simulator: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(plan_cuda, "OTHER_REGISTERS", 0)
+        monkeypatch.setattr(dispatch, "MOST_CANDIDATES", 1)
+        q, k, v = qkv(d=128)
+        spec = ae.AttentionSpec(mask_mod=lambda b, h, q, k: (q >= k) & (k % 7 != 4))
+        with pytest.warns(RuntimeWarning, match=r"spills \d+ bytes of registers.*slow"):
+            attn = ae.compile(spec, q, k, v, target="sm_80")
+        assert attn.module is not None and attn.module.spill_bytes > 0
+
 
 X = [0.75, -0.3, 0.01, 0.99, -0.6, 0.5, -0.125, 0.9]  # in every domain, with abs or an offset
 FUNCTIONS: dict[str, list[Callable[[Tensor, Tensor], Any]]] = {
