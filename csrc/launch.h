@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/sequences.h"
 #include "parallel.h"
 #include "tensor.h"
 #include "workspace.h"
@@ -110,6 +111,7 @@ inline void fill_params(ae_params& p, const Tensor& q, const Tensor& k, const Te
   p.L = qv.size[2];
   p.Hkv = kv.size[1];
   p.S = kv.size[2];
+  set_dense_stats(p);
   p.q = set_operand(q, qv, p.B, p.q_stride);
   p.k = set_operand(k, kv, p.B, p.k_stride);
   p.v = set_operand(v, vv, p.B, p.v_stride);

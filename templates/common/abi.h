@@ -4,7 +4,7 @@
 #pragma once
 #include <stdint.h>
 
-#define AE_ABI_VERSION 1
+#define AE_ABI_VERSION 2
 #define AE_MAX_RANK 8
 
 #ifdef __cplusplus
@@ -36,9 +36,30 @@ typedef struct ae_capture {
   int32_t dtype;
 } ae_capture;
 
+// Where the rows and keys of sequence b lie when they are not all of batch row b: packed sequences
+// of any lengths, a cache that is partly full, a cache in pages. Arrays hold B elements and lie in
+// the kernel's memory; where one is null, what is said of null holds. common/sequences.h reads
+// them.
+typedef struct ae_sequences {
+  // Query rows q_start[b] <= i < q_end[b] of batch row 0; null: rows 0 to L - 1 of batch row b.
+  const int32_t *q_start, *q_end;
+  // Keys at positions key_start[b] <= s < key_end[b] + key_more; null: from 0, up to S.
+  const int32_t *key_start, *key_end;
+  const int32_t* kv_row;  // batch row of k and v; null: b
+  // [B][page_pitch]: position s is row s % page_size of batch row pages[b][s / page_size]; null: no
+  // pages.
+  const int32_t* pages;
+  int64_t page_pitch;
+  int32_t page_size;
+  int32_t key_more;
+  int32_t
+      align_end;  // 1: the last query row has the index of the last key; 0: the first has index 0
+} ae_sequences;
+
 // Everything a launch needs. Operand layout is [B, H, L, D] by strides (elements). A broadcast
-// batch of K/V arrives as stride 0. `stats` is contiguous [kStats][B][Hq][L] in the accumulator
-// type.
+// batch of K/V arrives as stride 0. B counts sequences; L and S bound the rows and the keys of one
+// sequence, and without `sequences` are all of them. `stats` in the accumulator type has
+// consecutive query rows.
 typedef struct ae_params {
   uint32_t abi_version;
   uint32_t bytes;  // sizeof(ae_params)
@@ -47,18 +68,22 @@ typedef struct ae_params {
   int64_t q_stride[4], k_stride[4], v_stride[4];
   void* out;  // written by forward, read by backward
   int64_t out_stride[4];
-  void* stats;  // forward: written, may be null; backward: read
+  void* stats;              // forward: written, may be null; backward: read
+  int64_t stats_stride[3];  // of the statistic, batch row and head, in elements
   double scale;
   // backward only
   const void* dout;
   int64_t dout_stride[4];
-  const void* dstats;  // [kUserStats][B][Hq][L] accumulator type, null when all zero
+  const void* dstats;  // of the first kUserStats statistics, strides as `stats`; null when all zero
   void *dq, *dk, *dv;  // dk, dv have batch B even when K/V were broadcast
   int64_t dq_stride[4], dk_stride[4], dv_stride[4];
   const ae_capture* captures;
   int32_t capture_count;
   int32_t threads;  // workers that parallel_for may use, >= 1
   int32_t* fault;   // set to 1 + capture index when a live key gathers out of bounds
+  // What the user's functions see: batch row 0 is sequence b_first, row 0 is query q_first.
+  int64_t b_first, q_first;
+  ae_sequences sequences;  // forward only
 } ae_params;
 
 // Runs task(arg, index, worker) for every index in [0, n), worker in [0, threads). Returns when all

@@ -72,16 +72,16 @@ class BackwardOperands {
   }
 
   void begin_row(const Head& h, const RowTile<Plan>& tile, int i, A* scalars) const {
-    const int64_t head = h.b * p_.Hq + x_.query_head(h, tile, i);
-    const int64_t at = head * p_.L + tile.q(i), step = p_.B * p_.Hq * p_.L;
+    const int64_t* stride = p_.stats_stride;
+    const int64_t at = h.b * stride[1] + x_.query_head(h, tile, i) * stride[2] + tile.q(i);
     A stats[Fn::kStats > 0 ? Fn::kStats : 1] = {};
     A dstats[Fn::kUserStats > 0 ? Fn::kUserStats : 1] = {};
     for (int k = 0; k < Fn::kStats; ++k) {
-      stats[k] = static_cast<const A*>(p_.stats)[k * step + at];
+      stats[k] = static_cast<const A*>(p_.stats)[k * stride[0] + at];
     }
     if (p_.dstats != nullptr) {
       for (int k = 0; k < Fn::kUserStats; ++k) {
-        dstats[k] = static_cast<const A*>(p_.dstats)[k * step + at];
+        dstats[k] = static_cast<const A*>(p_.dstats)[k * stride[0] + at];
       }
     }
     A delta = 0;

@@ -3,6 +3,7 @@
 // and Plan::kVirtualWorkers, never on the threads: they only decide how many heads are in flight,
 // and that only where no captured tensor sums over heads.
 #pragma once
+#include "common/sequences.h"
 #include "cpu/pack.h"
 
 namespace ae {

@@ -433,8 +433,9 @@ class Forward {
       for (int d = 0; d < kDv; ++d) out[d * s[3]] = narrow<Elem>(acc[d] * factor);
     }
     if (p_.stats == nullptr) return;
-    Acc* to = (Acc*)p_.stats + (tile.b * sizes_.Hq + h) * sizes_.L + q;
-    for (int n = 0; n < Fn::kStats; ++n) to[n * sizes_.B * sizes_.Hq * sizes_.L] = stats[n];
+    const int64_t* step = p_.stats_stride;
+    Acc* to = (Acc*)p_.stats + tile.b * step[1] + h * step[2] + q;
+    for (int n = 0; n < Fn::kStats; ++n) to[n * step[0]] = stats[n];
   }
 };
 

@@ -2,6 +2,7 @@
 // data. The cut depends on the tensor sizes and Plan::kVirtualWorkers, never on the threads, so
 // that every bit of the result is the same at any thread count.
 #pragma once
+#include "common/sequences.h"
 #include "cpu/pack.h"
 
 namespace ae {

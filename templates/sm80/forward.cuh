@@ -382,7 +382,6 @@ class Forward {
     const int64_t* s = p_.out_stride;
     uint16_t* base = static_cast<uint16_t*>(p_.out) + tile.b * s[0];
     const bool vectors = GlobalRows{base, s[2], s[3]}.aligned() && s[1] % kChunkElements == 0;
-    const int64_t plane = p_.B * p_.Hq * p_.L;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const bool exists = row_of(r) < tile.count;
@@ -397,9 +396,10 @@ class Forward {
       for (int c = 0; c < kSums; ++c) o_[r][c] = alive ? o_[r][c] * factor : 0.0f;
       store_row<Elem, Plan::kDv>(base + h * s[1] + q * s[2], s[3], vectors, exists, o_[r], lane_);
       if (p_.stats != nullptr && exists && lane_ % 4 == 0) {
-        float* to = static_cast<float*>(p_.stats) + (tile.b * p_.Hq + h) * p_.L + q;
+        const int64_t* step = p_.stats_stride;
+        float* to = static_cast<float*>(p_.stats) + tile.b * step[1] + h * step[2] + q;
 #pragma unroll
-        for (int n = 0; n < Fn::kStats; ++n) to[n * plane] = stats[n];
+        for (int n = 0; n < Fn::kStats; ++n) to[n * step[0]] = stats[n];
       }
     }
   }

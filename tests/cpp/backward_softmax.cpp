@@ -181,6 +181,7 @@ void check(const char* name, Shape c, double tolerance) {
   p.q = x.q.data.data(), p.k = x.k.data.data(), p.v = x.v.data.data();
   p.out = x.out.data.data(), p.dout = x.dout.data.data();
   p.stats = x.lse.data(), p.dstats = x.dlse.data(), p.fault = &fault;
+  ae::set_dense_stats(p);
   std::memcpy(p.q_stride, x.q.stride, sizeof p.q_stride);
   std::memcpy(p.k_stride, x.k.stride, sizeof p.k_stride);
   std::memcpy(p.v_stride, x.v.stride, sizeof p.v_stride);

@@ -5,6 +5,7 @@
 #include "check.h"
 #include "common/abi_cuda.h"
 #include "common/block_tables.h"
+#include "common/sequences.h"
 #include "cuda_launch.h"
 #include "cuda_support.h"
 
@@ -95,6 +96,7 @@ struct Example {
       to[0] = b, to[1] = h, to[2] = l, to[3] = 1;
     };
     p.q = q.data(), p.k = k.data(), p.v = v.data(), p.out = out.data(), p.stats = stats.data();
+    ae::set_dense_stats(p);
     strides(p.q_stride, 65 * 4 * 64, 64, 4 * 64);
     strides(p.k_stride, 0, 9 * 64, 64);
     strides(p.v_stride, 0, 9 * 32, 32);

@@ -195,6 +195,7 @@ void check(const char* name, Shape c, double tolerance) {
     }
   }
   p.q = q.data(), p.k = k.data(), p.v = v.data();
+  ae::set_dense_stats(p);
 
   const int64_t rows = c.B * c.Hq * c.L;
   std::vector<E> out[2];
