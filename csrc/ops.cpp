@@ -1,69 +1,12 @@
 // The operators attnengine::forward and attnengine::backward, registered through torch's stable
 // ABI: one binary serves every torch from 2.11 on. They check their arguments, allocate the results
 // and launch a kernel module; nothing here depends on what the kernel computes.
-#include <torch/csrc/stable/library.h>
-
-#include <limits>
-
-#include "cuda_launch.h"
-#include "host_api.h"
-#include "launch.h"
+#include "gradients.h"
+#include "operators.h"
 #include "reduce.h"
-#include "stream.h"
 
 namespace ae {
 namespace {
-
-// Kernels keep dead keys at -inf through the scale, so it must be positive.
-double take_scale(StableIValue value) {
-  const double scale = std::bit_cast<double>(value);
-  if (!(scale > 0) || scale > std::numeric_limits<double>::max()) {
-    value_error("scale=" + std::to_string(scale) +
-                " must be positive and finite; put its sign into q (attnengine.attention does)");
-  }
-  return scale;
-}
-
-bool take_bool(StableIValue value) {
-  bool result;
-  std::memcpy(&result, &value, sizeof(result));
-  return result;
-}
-
-Tensor allocate_like(const TensorView& like, const int64_t* size, int32_t dtype, int64_t* stride) {
-  dense_strides_like(like.stride, size, stride);
-  return allocate(size, stride, 4, dtype, Place::of(like));
-}
-
-// Where a CUDA kernel runs, with its functions loaded there: on torch's current stream of q's
-// device, or in the simulator when q is on the CPU.
-struct CudaTarget {
-  ae_cu_stream stream;
-  const CudaFunctions& functions;
-
-  static CudaTarget of(const CudaKernel& kernel, const TensorView& q) {
-    if (q.device != DeviceKind::kCuda) {
-      const ae_driver* driver = simulator();
-      if (driver == nullptr) value_error("the simulator was removed during a call");
-      return {nullptr, kernel.on(*driver, 0, nullptr)};
-    }
-    const ae_driver& driver = cuda_driver();
-    const ae_cu_stream stream = current_stream(q.device_index);
-    return {stream, kernel.on(driver, q.device_index, stream)};
-  }
-};
-
-void launch_on_device(const CudaKernel& kernel, const CudaTarget& target, const ae_params& p,
-                      const TensorView& q) {
-  CudaParams params(p, kernel.info().mask_captures);
-  Tensor workspace;
-  void* memory = nullptr;
-  if (const int64_t bytes = params.workspace_bytes(); bytes > 0) {
-    workspace = allocate_contiguous(&bytes, 1, AE_U8, Place::of(q));
-    memory = workspace.data();
-  }
-  launch_cuda(kernel, target.functions, params, memory, target.stream);
-}
 
 // forward(q, k, v, captures, kernel, scale, stats) -> (out, stats)
 void forward(StableIValue* stack, uint64_t, uint64_t) {
@@ -144,61 +87,6 @@ class KeyGradient {
   int64_t stride_[4];
   Tensor grad_, scratch_;
 };
-
-// Accumulators for the captured tensors that get gradients; `give` casts them to the captured
-// types.
-class CaptureGradients {
- public:
-  CaptureGradients(const ae_module_info& info, Captures& captures) : captures_(captures) {
-    const int32_t dtype = accumulator_dtype(info);
-    for (size_t i = 0; i < captures.count() && i < 64; ++i) {
-      if ((info.grad_mask >> i & 1) != 0) indices_[count_++] = static_cast<uint8_t>(i);
-    }
-    accumulators_ = count_ > 0 ? std::make_unique<Tensor[]>(count_) : nullptr;
-    for (size_t n = 0; n < count_; ++n) {
-      ae_capture& c = captures.data()[indices_[n]];
-      accumulators_[n] = allocate_contiguous(c.size, c.rank, dtype);
-      c.grad = accumulators_[n].data();
-      const int64_t bytes = element_count(c.size, c.rank) * element_bytes(dtype);
-      clear(c.grad, bytes);
-    }
-    dtype_ = dtype;
-  }
-  StableIValue give() {
-    for (size_t n = 0; n < count_; ++n) {
-      const ae_capture& c = captures_.data()[indices_[n]];
-      if (c.dtype != dtype_) accumulators_[n] = copy_as(accumulators_[n], c.size, c.rank, c.dtype);
-    }
-    StableListHandle list;
-    AE_TORCH(torch_new_list_reserve_size(count_, &list));
-    for (size_t n = 0; n < count_; ++n) {
-      AE_TORCH(torch_list_push_back(list, accumulators_[n].give()));
-    }
-    return std::bit_cast<StableIValue>(list);
-  }
-
- private:
-  Captures& captures_;
-  uint8_t indices_[64];
-  size_t count_ = 0;
-  int32_t dtype_;
-  std::unique_ptr<Tensor[]> accumulators_;
-};
-
-// Statistics reach kernels contiguous; autograd may hand over an expanded or transposed gradient.
-Tensor contiguous_stats(Tensor tensor, const TensorView& x) {
-  if (is_contiguous(x.size, x.stride, x.rank)) return tensor;
-  return copy_as(tensor, x.size, x.rank, x.dtype);
-}
-
-// A `Tensor?` argument: null, or a heap cell that the callee frees.
-Tensor take_optional(StableIValue& value) {
-  auto* cell = std::bit_cast<StableIValue*>(std::exchange(value, 0));
-  if (cell == nullptr) return Tensor();
-  Tensor tensor = Tensor::take(*cell);
-  delete cell;
-  return tensor;
-}
 
 // backward(q, k, v, captures, out, stats, dout, dstats?, kernel, scale) -> (dq, dk, dv, dcaptures)
 void backward(StableIValue* stack, uint64_t, uint64_t) {
