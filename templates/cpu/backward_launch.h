@@ -99,7 +99,7 @@ class BackwardLaunch {
             p.fault,
             p.S,
             diagonals_.tables(),
-            {sizes.group, diagonal_pitch<A>(p), p.L - 1}};
+            {sizes.group, diagonal_pitch<A>(p), last_query(p)}};
   }
 
   Head head(int64_t slot) const {
@@ -150,8 +150,13 @@ class BackwardLaunch {
   int64_t query_head(const Head& h, const RowTile<Plan>& tile, int i) const {
     return h.kv * sizes.group + tile.head_of_group(i);
   }
+  // What the user's functions see as b and as the queries of the tiles low..high.
+  int64_t sequence(const Head& h) const { return p.b_first + h.b; }
+  Interval queries(const RowTile<Plan>& low, const RowTile<Plan>& high) const {
+    return iv::range(double(p.q_first + low.q(0)), double(p.q_first + high.q(high.count - 1)));
+  }
   typename Fn::Row row(const Head& h, const RowTile<Plan>& tile, int i) const {
-    return Fn::make_row(env(), h.b, query_head(h, tile, i), tile.q(i));
+    return Fn::make_row(env(), sequence(h), query_head(h, tile, i), p.q_first + tile.q(i));
   }
   A* scalars(const Head& h, int64_t t, int i) const {
     return h.scalars + (t * kM + i) * Fn::kRowScalars;
@@ -169,9 +174,9 @@ class BackwardLaunch {
   template <class Body>
   void for_keys_of(const Head& h, int64_t t, const Body& body) const {
     const RowTile<Plan> tile(sizes, t);
-    const Interval q = iv::range(double(tile.q(0)), double(tile.q(tile.count - 1)));
+    const Interval q = queries(tile, tile);
     for_runs({0, sizes.kv_tiles}, body, [&](int64_t first, int64_t last) {
-      return Fn::classify(intervals_, iv::constant(double(h.b)), heads_of(h, tile, tile), q,
+      return Fn::classify(intervals_, iv::constant(double(sequence(h))), heads_of(h, tile, tile), q,
                           tile_keys(first, last, p.S, kN));
     });
   }
@@ -180,11 +185,11 @@ class BackwardLaunch {
   KeyTile live_part(const Head& h, int64_t t, KeyTile keys) const {
     if constexpr (Fn::kHasMask) {
       const RowTile<Plan> tile(sizes, t);
-      const Interval q = iv::range(double(tile.q(0)), double(tile.q(tile.count - 1)));
+      const Interval q = queries(tile, tile);
       const Columns c =
           live_columns(keys.first, keys.count, kGemmRegs * Lanes<A>::W, [&](Interval k) {
-            return Fn::classify(intervals_, iv::constant(double(h.b)), heads_of(h, tile, tile), q,
-                                k);
+            return Fn::classify(intervals_, iv::constant(double(sequence(h))),
+                                heads_of(h, tile, tile), q, k);
           });
       keys.first += c.begin;
       keys.offset = c.begin;
@@ -202,8 +207,9 @@ class BackwardLaunch {
       const TileRange here = {rows.begin, rows.end < part_end ? rows.end : part_end};
       for_runs(here, body, [&](int64_t first, int64_t last) {
         const RowTile<Plan> low(sizes, first), high(sizes, last);
-        const Interval q = iv::range(double(low.q(0)), double(high.q(high.count - 1)));
-        return Fn::classify(intervals_, iv::constant(double(h.b)), heads_of(h, low, high), q, k);
+        const Interval q = queries(low, high);
+        return Fn::classify(intervals_, iv::constant(double(sequence(h))), heads_of(h, low, high),
+                            q, k);
       });
       rows.begin = here.end;
     }
@@ -298,7 +304,7 @@ class BackwardLaunch {
       for (int i = 0; i < kCaptures; ++i) grads[i] = static_cast<A*>(p.captures[i].grad);
       sums_.scatter(base_ + sums_at(), env(), p, wave, cut.n, grads, all(), [this](int64_t slot) {
         const int64_t index = first_head_ + slot;
-        return std::pair{index / p.Hkv, index % p.Hkv * sizes.group};
+        return std::pair{p.b_first + index / p.Hkv, index % p.Hkv * sizes.group};
       });
     }
   }

@@ -122,9 +122,10 @@ struct GradOwners {
   bool heads;  // tasks of different heads
   bool tasks;  // tasks of one head
 
-  GradOwners(const GradInfo& g, const BackwardCut& cut, int64_t B, int64_t Hkv) {
-    heads = cut.heads == 1 || ((g.owned_b || B == 1) && (g.owned_h || Hkv == 1));
-    const bool rows = g.owned_q && cut.grid != BackwardGrid::kPrivateDq;
+  GradOwners(const GradInfo& g, const BackwardCut& cut, const ae_params& p) {
+    heads = cut.heads == 1 || ((g.owned_b || p.B == 1) && (g.owned_h || p.Hkv == 1));
+    // A negative query index reads from the tensor's end, where another row's may be.
+    const bool rows = g.owned_q && p.q_first >= 0 && cut.grid != BackwardGrid::kPrivateDq;
     const bool keys = g.owned_k && cut.grid != BackwardGrid::kPrivateDkv;
     tasks = cut.n == 1 || rows || keys;
   }
@@ -217,7 +218,7 @@ struct BackwardDecision {
     private_grads = 0;
   }
 
-  GradOwners owners(int i) const { return {Fn::kGradInfo[i], cut, p_.B, p_.Hkv}; }
+  GradOwners owners(int i) const { return {Fn::kGradInfo[i], cut, p_}; }
 
  private:
   const ae_params& p_;

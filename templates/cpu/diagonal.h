@@ -6,7 +6,7 @@
 //   sums    gradients of captured tensors that are read at such an index, added up along the
 //           diagonals and scattered once per diagonal
 //
-// A diagonal's entry is key - query + L - 1, so a row of keys reads consecutive entries, backwards
+// A diagonal's entry is key - row + L - 1, so a row of keys reads consecutive entries, backwards
 // from row to row. The generated Fn may have, when it has any:
 //
 //   kDiagonals, DiagonalInfo kDiagonalInfo[]             tables
@@ -57,6 +57,9 @@ template <class A>
 int64_t diagonal_pitch(const ae_params& p) {
   return round_up(p.L + p.S, Lanes<A>::W) + Lanes<A>::W;
 }
+
+// The index that the user's functions see for the last row.
+inline int64_t last_query(const ae_params& p) { return p.q_first + p.L - 1; }
 
 // ---- tables ----
 
@@ -127,7 +130,7 @@ class DiagonalTables {
       t.data = memory;
       t.h_stride = kInfo<T>.uses_h ? pitch_ : 0;
       t.b_stride = kInfo<T>.uses_b ? pitch_ * (kInfo<T>.uses_h ? p_->Hq : 1) : 0;
-      t.origin = p_->L - 1;
+      t.origin = last_query(*p_) - p_->b_first * t.b_stride;
       faults_ = kInfo<T>.gathers ? (int32_t*)(memory + data_bytes<T>(*p_)) : nullptr;
       faulted_ = false;
       const auto task = [](void* self, int64_t index, int32_t) {
@@ -163,9 +166,12 @@ class DiagonalTables {
   // Whether the mask empties these keys for the only query: a window of a long cache needs few.
   bool masked(int64_t first, int64_t last) const {
     if constexpr (Fn::kHasMask) {
-      const auto all = [](int64_t n) { return iv::range(0, double(n - 1)); };
+      const auto all = [](int64_t from, int64_t n) {
+        return iv::range(double(from), double(from + n - 1));
+      };
       const Interval k = iv::range(double(first), double(last));
-      return iv::is_false(Fn::classify(*intervals_, all(p_->B), all(p_->Hq), all(1), k));
+      return iv::is_false(Fn::classify(*intervals_, all(p_->b_first, p_->B), all(0, p_->Hq),
+                                       all(p_->q_first, 1), k));
     }
     return false;
   }
@@ -175,7 +181,7 @@ class DiagonalTables {
   int32_t fill_vector(int64_t b, int64_t h, int64_t k, Live live, void* out) const {
     int32_t fault = 0;
     const Env env{p_->captures, &fault, p_->S};
-    Fn::template diagonal<T>(env, b, h, p_->L - 1, k, live, out);
+    Fn::template diagonal<T>(env, p_->b_first + b, h, last_query(*p_), k, live, out);
     return fault;
   }
   template <int T, class Live>
@@ -233,7 +239,7 @@ class DiagonalSums {
   }
 
   // Adds `copies` consecutive slots of each of `heads` heads and scatters the totals.
-  // `head(i)` gives (batch, first query head).
+  // `head(i)` gives (b of the user's functions, first query head).
   template <class Parallel, class Head>
   void scatter(char* memory, const Env& env, const ae_params& p, int64_t heads, int64_t copies,
                A* const* grads, const Parallel& parallel, const Head& head) const {
@@ -271,7 +277,7 @@ class DiagonalSums {
         // A diagonal without live pair has the sum 0, and its index may be out of bounds.
         const auto live = __builtin_convertvector(value != V{}, typename Lanes<A>::Mask);
         if (!any(live)) continue;
-        Fn::template scatter_diagonal<T>(env, b, h, p.L - 1, k, live, value, grads);
+        Fn::template scatter_diagonal<T>(env, b, h, last_query(p), k, live, value, grads);
       }
       scatter_row<T + 1>(memory, env, p, slot, row, b, h, grads);
     }
