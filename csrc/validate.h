@@ -72,8 +72,11 @@ inline void check_dtype(const TensorView& x, int32_t want, const char* why) {
              dtype_name(want) + " (" + why + "); cast it with .to()");
 }
 
+// kOfQ: K and V have q's batch, or 1. kAny: tables say which of their batch rows a sequence reads.
+enum class Batches { kOfQ, kAny };
+
 inline void check_operands(const Kernel& kernel, const TensorView& q, const TensorView& k,
-                           const TensorView& v) {
+                           const TensorView& v, Batches batches = Batches::kOfQ) {
   const ae_module_info& info = kernel.info;
   for (const TensorView* x : {&q, &k, &v}) {
     check_device(*x, q);
@@ -102,7 +105,7 @@ inline void check_operands(const Kernel& kernel, const TensorView& q, const Tens
                 std::to_string(info.Dv) + "; compile one for these shapes with attnengine.compile");
   }
   for (const TensorView* x : {&k, &v}) {
-    if (x->size[0] != q.size[0] && x->size[0] != 1) {
+    if (batches == Batches::kOfQ && x->size[0] != q.size[0] && x->size[0] != 1) {
       value_error(std::string(x->name) + " has batch " + std::to_string(x->size[0]) +
                   " but q has " + std::to_string(q.size[0]) + " (q " + q.shape() + ", " + x->name +
                   " " + x->shape() + "); it must be equal, or 1 to share keys and values");
