@@ -53,7 +53,7 @@ struct Schedule {
     if (policy == kStreamK) {
       s.workers = workers < total ? workers : total;
       if (s.workers > 0) {
-        s.share = (total + s.workers - 1) / s.workers;
+        s.share = total / s.workers + (total % s.workers != 0);
         s.longer = total - (s.share - 1) * s.workers;
       }
     }
@@ -98,7 +98,8 @@ struct Schedule {
       visit(Segment{x, 0, tiles(x), -1});
     } else if (policy == kSplit) {
       const int64_t output = x / splits, part = x % splits, n = tiles(output), of = pieces(n);
-      if (part < of) visit(Segment{output, n * part / of, n * (part + 1) / of, of == 1 ? -1 : x});
+      if (part < of)
+        visit(Segment{output, cut(n, part, of), cut(n, part + 1, of), of == 1 ? -1 : x});
     } else {
       const int64_t end = start(x + 1);
       int64_t t = start(x);
@@ -115,6 +116,12 @@ struct Schedule {
 
   // kSplit: parts of an output of n tiles.
   AE_HD int64_t pieces(int64_t n) const { return n < splits ? n : splits; }
+
+  // Where part `part` of `of` begins: the first n % of take a tile more.
+  AE_HD static int64_t cut(int64_t n, int64_t part, int64_t of) {
+    const int64_t longer = n % of;
+    return part * (n / of) + (part < longer ? part : longer);
+  }
 
   // Where the parts of an output are.
   AE_HD Parts parts(int64_t output) const {
