@@ -113,7 +113,7 @@ setup(
         ),
         Extension(
             "attnengine._host",
-            ["csrc/host.cpp"],
+            ["csrc/host.cpp", "csrc/schedule_binding.cpp"],
             include_dirs=[*INCLUDE, pybind11.get_include()],
             depends=DEPENDS,
             extra_compile_args={"cxx": FLAGS},

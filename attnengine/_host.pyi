@@ -1,5 +1,10 @@
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
+
+_Numbers = npt.NDArray[np.int64]
+_Choice = tuple[int, int, int, list[float]]  # policy, splits, workers, cost of each policy
 _Tensor = tuple[list[int], int, int, int]  # shape, dtype code, device code, device index
 _Capture = tuple[int, Sequence[int], Sequence[int], int]  # address, shape, strides, dtype code
 
@@ -31,3 +36,22 @@ def driver_name() -> str: ...
 def device_capability(index: int) -> int: ...
 def set_sync_debug(on: bool) -> None: ...
 def set_poison(on: bool) -> None: ...
+def schedule_segments(
+    policy: int, prefix: npt.ArrayLike, workers: int, splits: int
+) -> _Numbers: ...
+def schedule_parts(policy: int, prefix: npt.ArrayLike, workers: int, splits: int) -> _Numbers: ...
+def schedule_slots(policy: int, outputs: int, workers: int, splits: int) -> int: ...
+def choose_policy(
+    prefix: npt.ArrayLike, slots: int, can_merge: bool, costs: Sequence[float]
+) -> _Choice: ...
+def choose_policy_bounded(
+    outputs: int, most_tiles: int, slots: int, can_merge: bool, costs: Sequence[float]
+) -> _Choice: ...
+def policy_cost(
+    policy: int,
+    prefix: npt.ArrayLike,
+    workers: int,
+    splits: int,
+    slots: int,
+    costs: Sequence[float],
+) -> float: ...

@@ -16,6 +16,7 @@
 
 #include "host_api.h"
 #include "isa.h"
+#include "schedule_binding.h"
 
 namespace py = pybind11;
 
@@ -281,7 +282,8 @@ void check_forward(int64_t id, const TensorArg& q, const TensorArg& k, const Ten
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "Kernel registry, tile classes and CPU features; no tensors pass through here.";
+  m.doc() =
+      "Kernel registry, tile classes, schedules and CPU features; no tensors pass through here.";
   m.def(
       "cpu_isa", [] { return ae::isa_name(ae::cpu_isa()); },
       "Best instruction set of this CPU: 'avx512_bf16', 'avx512', 'avx2' or 'portable'.");
@@ -317,4 +319,5 @@ PYBIND11_MODULE(_host, m) {
   m.def(
       "set_poison", [](bool on) { api().set_poison(on ? 1 : 0); }, py::arg("on"),
       "Fill results and scratch with NaN before each launch (for tests).");
+  ae::bind_schedule(m);
 }
