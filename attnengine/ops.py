@@ -327,9 +327,8 @@ def _attention_backward_fake(
     return _fake_gradients(q, k, v, captures, _grad_mask(key))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, captures, key, scale = inputs
-    out, stats = output
+def check_frozen(key: str, captures: Sequence[Tensor]) -> None:
+    """Refuses a gradient that the program of ``key`` does not produce. Raises ValueError."""
     info = _known(key)
     if info is not None and info.frozen:
         for i, x in enumerate(captures):
@@ -339,6 +338,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
                     "and did not when the program was exported; let it require grad, and export "
                     "again"
                 )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, captures, key, scale = inputs
+    out, stats = output
+    check_frozen(key, captures)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, out, stats, *captures)
     ctx.key, ctx.scale = key, scale
