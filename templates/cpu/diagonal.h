@@ -16,6 +16,7 @@
 #pragma once
 #include "common/env.h"
 #include "common/segments.h"
+#include "common/sequences.h"
 #include "cpu/capture_gather.h"
 #include "cpu/memory.h"
 
@@ -52,14 +53,17 @@ constexpr int diagonal_sums() {
   }
 }
 
+// No query's index is greater. Where the last row has the index of the last key, rows of all
+// sequences share their diagonals: key - query is from 1 - S to L - 1.
+inline int64_t last_query(const ae_params& p) {
+  return p.q_first + (p.sequences.align_end != 0 ? p.S : p.L) - 1;
+}
+
 // Entries of one row of diagonals, with room for a whole vector at the last key.
 template <class A>
 int64_t diagonal_pitch(const ae_params& p) {
   return round_up(p.L + p.S, Lanes<A>::W) + Lanes<A>::W;
 }
-
-// The index that the user's functions see for the last row.
-inline int64_t last_query(const ae_params& p) { return p.q_first + p.L - 1; }
 
 // ---- tables ----
 
@@ -142,7 +146,7 @@ class DiagonalTables {
     }
   }
 
-  // Row L - 1 meets every diagonal once if it had L + S - 1 keys: entry = key.
+  // The last query meets every diagonal once if it had L + S - 1 keys: entry = key.
   template <int T>
   void fill_chunk(int64_t index) {
     const int64_t slot = index / chunks_, begin = index % chunks_ * kChunk;
@@ -163,15 +167,25 @@ class DiagonalTables {
     }
   }
 
-  // Whether the mask empties these keys for the only query: a window of a long cache needs few.
+  // Whether the mask empties these diagonals for the only query of each sequence: a window of a
+  // long cache needs few.
   bool masked(int64_t first, int64_t last) const {
     if constexpr (Fn::kHasMask) {
-      const auto all = [](int64_t from, int64_t n) {
-        return iv::range(double(from), double(from + n - 1));
-      };
-      const Interval k = iv::range(double(first), double(last));
-      return iv::is_false(Fn::classify(*intervals_, all(p_->b_first, p_->B), all(0, p_->Hq),
-                                       all(p_->q_first, 1), k));
+      int64_t least = int64_t(1) << 62, most = -1;
+      for (int64_t b = 0; b < p_->B; ++b) {
+        const Sequence s(*p_, b);
+        if (s.rows == 0 || s.keys == 0) continue;
+        least = s.first_query < least ? s.first_query : least;
+        most = s.first_query > most ? s.first_query : most;
+        if (p_->sequences.align_end == 0) break;  // the same for all
+      }
+      const int64_t origin = last_query(*p_), begin = first - origin + least;
+      const int64_t end = last - origin + most;
+      if (most < 0 || end < 0) return true;
+      const auto range = [](int64_t a, int64_t z) { return iv::range(double(a), double(z)); };
+      return iv::is_false(Fn::classify(*intervals_, range(p_->b_first, p_->b_first + p_->B - 1),
+                                       range(0, p_->Hq - 1), range(least, most),
+                                       range(begin < 0 ? 0 : begin, end)));
     }
     return false;
   }

@@ -122,11 +122,22 @@ AE_INLINE void store_part(A* to, V x, int i) {
   store_vector(to, parts[i]);
 }
 
+// Rows of keys or values in memory: row j at rows[j] + offset. Where 16 and more follow each other
+// `stride` elements apart they are addressed from the first. While row j is used, the D elements at
+// ahead[j] are fetched.
+template <class E>
+struct MemoryRows {
+  const E* const* rows;
+  const E* const* ahead;
+  int64_t offset, stride;
+};
+
 // Scores of kRows query rows and W / kRows keys, so that a key is loaded once for all these rows
 // and the sums over lanes share their rounds.
 template <class Acc, class M, int D, class E, int kRows, int... J>
-AE_INLINE void direct_block(const M* q, int64_t q_row, const RowAddresses& keys, int64_t ahead,
-                            Acc* scores, int64_t ld, std::integer_sequence<int, J...>) {
+AE_INLINE void direct_block(const M* q, int64_t q_row, const RowAddresses& keys,
+                            const E* const* ahead, Acc* scores, int64_t ld,
+                            std::integer_sequence<int, J...>) {
   using Step = GemmStep<Acc, M>;
   using V = typename Step::V;
   constexpr int W = Lanes<Acc>::W, kLanes = W * Step::kPair, kKeys = W / kRows;
@@ -135,7 +146,7 @@ AE_INLINE void direct_block(const M* q, int64_t q_row, const RowAddresses& keys,
   for (int i = 0; i < W; ++i) sum[i] = V{};
 #pragma GCC unroll 1
   for (int d = 0; d < D; d += kLanes) {
-    (__builtin_prefetch(reinterpret_cast<const E*>(keys.at<J>()) + d + ahead, 0, 2), ...);
+    if (ahead != nullptr) (__builtin_prefetch(ahead[J] + d, 0, 2), ...);
     if constexpr (kRows == 1) {  // sixteen keys beside sixteen sums do not fit in registers
       const V x = load_key<Acc, M>(q + d);
       ((sum[J] = add_key<Acc, M>(sum[J], x, reinterpret_cast<const E*>(keys.at<J>()) + d)), ...);
@@ -162,34 +173,159 @@ AE_INLINE void direct_block(const M* q, int64_t q_row, const RowAddresses& keys,
   }
 }
 
-// scores[i][j] = q_i . k_j for rows i < m, keys j < n (n a multiple of W). Row i of q is at
-// q + i * q_row, key j at k + j * k_row; D elements each, a whole number of vectors. Fetches what
-// lies `ahead` elements after each key.
+// W keys for all rows.
 template <class Acc, class M, int D, class E>
-__attribute__((noinline)) void direct_scores(int m, const M* q, int64_t q_row, const E* k,
-                                             int64_t k_row, int n, Acc* scores, int64_t ld,
-                                             int64_t ahead) {
-  constexpr int W = Lanes<Acc>::W, kLanes = W * GemmStep<Acc, M>::kPair;
-  static_assert(D % kLanes == 0, "rows must be whole vectors");
-  const int64_t row_bytes = k_row * int64_t(sizeof(E));
+AE_INLINE void direct_keys(int m, const M* q, int64_t q_row, const E* first, int64_t row_bytes,
+                           const E* const* ahead, Acc* scores, int64_t ld) {
+  constexpr int W = Lanes<Acc>::W;
+  int i = 0;
+  const auto rows = [&]<int kRows>() {
+    constexpr int kKeys = W / kRows;
+    for (; i + kRows <= m; i += kRows) {
+      RowAddresses keys(first, row_bytes);
+      for (int j = 0; j < W; j += kKeys, keys.skip(kKeys)) {
+        direct_block<Acc, M, D, E, kRows>(q + i * q_row, q_row, keys, i == 0 ? ahead + j : nullptr,
+                                          scores + i * ld + j, ld,
+                                          std::make_integer_sequence<int, kKeys>());
+      }
+    }
+  };
+  if constexpr (W >= 4) rows.template operator()<4>();
+  rows.template operator()<2>();
+  rows.template operator()<1>();
+}
+
+// scores[i][j] = q_i . k_j for rows i < m, keys j < n; up to the next whole vector of scores is
+// written. Row i of q is at q + i * q_row; D elements each, a whole number of vectors.
+template <class Acc, class M, int D, class E>
+__attribute__((noinline)) void direct_scores(int m, const M* q, int64_t q_row, MemoryRows<E> k,
+                                             int n, Acc* scores, int64_t ld) {
+  constexpr int W = Lanes<Acc>::W;
+  static_assert(D % (W * GemmStep<Acc, M>::kPair) == 0, "rows must be whole vectors");
   for (int j = 0; j < n; j += W) {
-    const E* first = k + j * k_row;
+    const E* const* row = k.rows + j;
+    const E* first = row[0] + k.offset;
+    int64_t stride = k.stride;
+    E copy[W * D];
+    // Past the end nothing is read, and pages may end anywhere: such keys are copied.
+    if (j + W > n || row[W - 1] - row[0] != (W - 1) * k.stride) {
+      for (int i = 0; i < W; ++i) {
+        if (j + i < n) {
+          __builtin_memcpy(copy + i * D, row[i] + k.offset, sizeof(E) * D);
+        } else {
+          __builtin_memset(copy + i * D, 0, sizeof(E) * D);
+        }
+      }
+      first = copy, stride = D;
+    }
+    direct_keys<Acc, M, D, E>(m, q, q_row, first, stride * int64_t(sizeof(E)), k.ahead + j,
+                              scores + j, ld);
+  }
+}
+
+// kRegs vectors of columns of kPair rows of values as B operands: as they lie, widened, or pairs of
+// bf16 rows.
+template <class Acc, class M, class E, int kRegs>
+AE_INLINE void load_values(typename GemmStep<Acc, M>::V (&bv)[kRegs], const E* even, const E* odd) {
+  using V = typename GemmStep<Acc, M>::V;
+  if constexpr (!__is_same(M, Acc)) {
+    constexpr int kLanes = sizeof(V) / sizeof(E);
+    using H = Vector<uint16_t, kLanes>;
+    H low, high;
+    for (int i = 0; i < kLanes; ++i) {
+      low[i] = uint16_t(i / 2 + i % 2 * kLanes);
+      high[i] = uint16_t(kLanes / 2 + i / 2 + i % 2 * kLanes);
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < kRegs / 2; ++j) {
+      const H x = load_vector<H>(even + j * kLanes), y = load_vector<H>(odd + j * kLanes);
+      bv[2 * j] = (V)__builtin_shuffle(x, y, low);
+      bv[2 * j + 1] = (V)__builtin_shuffle(x, y, high);
+    }
+  } else {
+#pragma GCC unroll 8
+    for (int j = 0; j < kRegs; ++j) {
+      if constexpr (__is_same(E, Acc)) {
+        bv[j] = load_vector<V>(even + j * Lanes<Acc>::W);
+      } else {
+        bv[j] = load_widened<Acc>(even + j * Lanes<Acc>::W);
+      }
+    }
+  }
+}
+
+// Columns [0, kRegs * W) of kRows rows of O = O * factor + W V, held in registers over all values.
+template <class Acc, class M, class E, int kRows, int kRegs, bool kFetch>
+AE_INLINE void values_block(int n, const M* weights, int64_t ldw, const MemoryRows<E>& v,
+                            int64_t column, const E* zeros, Acc* out, int64_t ldo,
+                            const Acc* factor) {
+  using Step = GemmStep<Acc, M>;
+  using V = typename Step::V;
+  constexpr int W = Lanes<Acc>::W, kPair = Step::kPair;
+  constexpr int kLine = 64 / int(sizeof(E));
+  V sum[kRows][kRegs];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kRegs; ++j) sum[i][j] = load_vector<V>(out + i * ldo + j * W) * factor[i];
+  }
+  const int64_t offset = v.offset + column;
+#pragma GCC unroll 1
+  for (int s = 0; s < n; s += kPair) {
+    const E* even = v.rows[s] + offset;
+    const E* odd = kPair == 1 ? even : s + 1 < n ? v.rows[s + 1] + offset : zeros;
+    if constexpr (kFetch) {
+#pragma GCC unroll 8
+      for (int c = 0; c < kRegs * W; c += kLine) {
+        for (int i = 0; i < kPair; ++i) __builtin_prefetch(v.ahead[s + i] + column + c, 0, 2);
+      }
+    }
+    V bv[kRegs];
+    load_values<Acc, M, E>(bv, even, odd);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const V av = Step::broadcast(weights + i * ldw + s);
+#pragma GCC unroll 8
+      for (int j = 0; j < kRegs; ++j) sum[i][j] = Step::multiply_add(sum[i][j], av, bv[j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kRegs; ++j) store_vector(out + i * ldo + j * W, sum[i][j]);
+  }
+}
+
+// out[i] = out[i] * factor[i] + sum of weights[i][j] v_j for rows i < m, values j < n of Dv
+// elements, a whole number of vectors. All of them are multiplied. An odd last one is paired with
+// zeros; its ahead[] has one more entry.
+template <class Acc, class M, int Dv, class E>
+__attribute__((noinline)) void direct_values(int m, int n, const M* weights, int64_t ldw,
+                                             MemoryRows<E> v, Acc* out, int64_t ldo,
+                                             const Acc* factor) {
+  constexpr int W = Lanes<Acc>::W, kPanel = kGemmRegs * W, kRest = Dv % kPanel / W;
+  alignas(64) static constexpr E kZeros[kPanel] = {};
+  const auto panel = [&]<int kRegs>(int64_t column) {
     int i = 0;
     const auto rows = [&]<int kRows>() {
-      constexpr int kKeys = W / kRows;
       for (; i + kRows <= m; i += kRows) {
-        RowAddresses keys(first, row_bytes);
-        for (int j1 = 0; j1 < W; j1 += kKeys, keys.skip(kKeys)) {
-          direct_block<Acc, M, D, E, kRows>(q + i * q_row, q_row, keys, i == 0 ? ahead : 0,
-                                            scores + i * ld + j + j1, ld,
-                                            std::make_integer_sequence<int, kKeys>());
+        const M* w = weights + i * ldw;
+        Acc* o = out + i * ldo + column;
+        if (i == 0) {
+          values_block<Acc, M, E, kRows, kRegs, true>(n, w, ldw, v, column, kZeros, o, ldo, factor);
+        } else {
+          values_block<Acc, M, E, kRows, kRegs, false>(n, w, ldw, v, column, kZeros, o, ldo,
+                                                       factor + i);
         }
       }
     };
-    if constexpr (W >= 4) rows.template operator()<4>();
+    rows.template operator()<4>();
     rows.template operator()<2>();
     rows.template operator()<1>();
-  }
+  };
+  int64_t column = 0;
+  for (; column + kPanel <= Dv; column += kPanel) panel.template operator()<kGemmRegs>(column);
+  if constexpr (kRest > 0) panel.template operator()<kRest>(column);
 }
 
 }  // namespace ae

@@ -71,18 +71,21 @@ inline void run_here(int64_t n, int32_t, ae_task task, void* arg) {
 template <class Plan, class Fn>
 int64_t forward_classify(const ae_params* p, int64_t b, int64_t h, ae_row_run* out,
                          int64_t capacity) {
-  const ForwardSizes<Plan> sizes(*p, Forward<Plan, Fn>::kCanSplit);
-  if (sizes.interleave == 0 || sizes.kv_tiles == 0) return 0;
+  const ForwardCut<Plan> cut(*p, Fn::kMaskUsesH);
+  const Sequence s(*p, b);
+  const int64_t kv_tiles = (s.keys + Plan::kBlockN - 1) / Plan::kBlockN;
+  if (cut.interleave == 0 || kv_tiles == 0) return 0;
   const int64_t tables = round_up(table_bytes(*p, Fn::kMaskCaptures), kCacheLine);
-  char* memory = (char*)__builtin_malloc(tables + kCacheLine + sizeof(ae_run) * sizes.kv_tiles);
+  char* memory = (char*)__builtin_malloc(tables + kCacheLine + sizeof(ae_run) * kv_tiles);
   if (memory == nullptr) return 0;
   char* aligned = (char*)round_up((int64_t)memory, kCacheLine);
   ae_run* runs = (ae_run*)(aligned + tables);
   const IntervalEnv env = build_tables(*p, Fn::kMaskCaptures, aligned, &run_here);
   int64_t total = 0;
-  for (int64_t row = 0; row < sizes.row_tiles; ++row) {
-    const ForwardTile<Plan> tile(sizes, b, h / sizes.interleave, row);
-    const int64_t n = Forward<Plan, Fn>::runs(tile, env, p->S, runs, sizes.kv_tiles);
+  for (int64_t row = 0; row < cut.row_tiles(s); ++row) {
+    const typename Forward<Plan, Fn>::Box box(
+        ForwardTile<Plan>(cut, s, b, h / cut.interleave, row));
+    const int64_t n = Forward<Plan, Fn>::runs(box, env, s.keys, Plan::kBlockN, runs, kv_tiles);
     for (int64_t i = 0; i < n; ++i, ++total) {
       if (total >= capacity) continue;
       out[total] = {int32_t(row), runs[i].begin, runs[i].end, runs[i].tile_class};

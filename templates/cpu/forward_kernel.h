@@ -1,21 +1,10 @@
 // The forward kernel itself; forward.h tells what it computes and what Plan and Fn must hold.
 #pragma once
-#include "common/env.h"
 #include "common/segments.h"
 #include "cpu/diagonal.h"
-#include "cpu/direct.h"
-#include "cpu/forward_work.h"
-#include "cpu/module.h"
+#include "cpu/forward_keys.h"
 
 namespace ae {
-
-// Up to this many rows, keys and values are read where they lie; beyond, packing a tile pays off.
-constexpr int kDirectRows = 8;
-// And so many keys later is what they fetch, into the second cache.
-constexpr int kDirectAhead = 64;
-
-// Packing fetches what it reads this many rows later.
-constexpr int64_t kPackAhead = 48;
 
 template <class Plan, class Fn>
 class Forward {
@@ -25,10 +14,16 @@ class Forward {
   using L = Lanes<Acc>;
   using V = typename L::Acc;
   using Scratch = ForwardScratch<Plan>;
+  using Cut = ForwardCut<Plan>;
+  using Tile = ForwardTile<Plan>;
+  using Output = ForwardOutput<Plan>;
+  using Workspace = ForwardWorkspace<Plan, Fn>;
+  using Keys = ForwardKeys<Plan, Fn>;
+  using KeyTile = typename Keys::Tile;
   static constexpr int kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN;
   static constexpr int kD = Plan::kD, kDv = Plan::kDv, kOutPitch = Scratch::kOutPitch;
-  static constexpr int kPair = GemmStep<Acc, M>::kPair;
   static constexpr int kStates = Fn::kStates > 0 ? Fn::kStates : 1;
+  static constexpr int64_t kMergeRows = 8;  // of a task
 
   static_assert(Plan::kScratchBytes == Scratch::kBytes, "the plan's scratch total is wrong");
   static_assert(kBlockN % (2 * L::W) == 0, "a tile row must be whole pairs of vectors");
@@ -39,58 +34,73 @@ class Forward {
   static constexpr bool kCanSplit = Plan::kSplitKV && Fn::kHasMerge;
 
   static int64_t workspace_bytes(const ae_params& p) {
-    const ForwardSizes<Plan> sizes(p, kCanSplit);
-    return ForwardWorkspace<Plan, Fn>(sizes, p.threads, shared_bytes(p)).bytes;
+    return Workspace(Cut(p, Fn::kMaskUsesH), kCanSplit, shared_bytes(p)).bytes;
   }
 
   Forward(const ae_params& p, void* workspace)
       : p_(p),
-        sizes_(p, kCanSplit),
-        at_(sizes_, p.threads, shared_bytes(p)),
+        cut_(p, Fn::kMaskUsesH),
+        at_(cut_, kCanSplit, shared_bytes(p)),
         base_((char*)round_up((int64_t)workspace, kCacheLine)),
-        env_{p.captures, p.fault, p.S} {}
+        env_{p.captures, p.fault, p.S},
+        keys_(p, env_) {}
 
   void run(ae_parallel_for parallel_for) {
-    if (sizes_.tiles() == 0) return;
+    if (at_.outputs == 0) return;
     interval_env_ = build_tables(p_, Fn::kMaskCaptures, base_ + at_.tables, parallel_for);
     diagonals_.build(p_, interval_env_, base_ + at_.tables + mask_bytes(p_), parallel_for);
     env_.tables = diagonals_.tables();
-    if (sizes_.pack_ahead) {
-      parallel_for(sizes_.kv_heads() * sizes_.kv_tiles, p_.threads, &pack_task, this);
+    number_outputs();
+    if (cut_.pack_ahead) {
+      const int64_t tiles = first_tile()[cut_.key_batches()] * p_.Hkv;
+      parallel_for(tiles, p_.threads, &pack_task, this);
     }
-    parallel_for(sizes_.tiles() * sizes_.splits, p_.threads, &tile_task, this);
-    if (sizes_.splits > 1) parallel_for(sizes_.tiles(), p_.threads, &merge_task, this);
+    parallel_for(schedule_.workers, p_.threads, &work_task, this);
+    if (schedule_.policy != kTiles) {
+      const int64_t chunks = (at_.rows + kMergeRows - 1) / kMergeRows;
+      parallel_for(at_.outputs * chunks, p_.threads, &merge_task, this);
+    }
   }
 
-  // The indices of the rows of a tile.
+  // The indices of some rows, as the user's functions see them.
   struct Box {
     Interval b, h, q;
-    explicit Box(const ForwardTile<Plan>& tile) {
+    explicit Box(const Tile& tile) {
       const int64_t q0 = tile.q(0), q1 = tile.q(tile.count - 1);
       const bool one = q0 == q1;
       const int64_t h0 = one ? tile.h(0) : tile.block * tile.interleave;
       const int64_t h1 = one ? tile.h(tile.count - 1) : h0 + tile.interleave - 1;
-      b = iv::range(double(tile.b), double(tile.b));
+      set(tile.b, h0, h1, q0, q1);
+    }
+    Box(const Cut& c, const Output& o) {
+      set(o.sequence + c.p.b_first, o.head * c.group, (o.head + o.heads) * c.group - 1,
+          o.s.first_query, o.s.first_query + o.s.rows - 1);
+    }
+
+   private:
+    void set(int64_t b0, int64_t h0, int64_t h1, int64_t q0, int64_t q1) {
+      b = iv::range(double(b0), double(b0));
       h = iv::range(double(h0), double(h1));
       q = iv::range(double(q0), double(q1));
     }
   };
 
-  // The runs of kv tiles of one tile of query rows.
-  static int64_t runs(const ForwardTile<Plan>& tile, const IntervalEnv& env, int64_t S, ae_run* out,
-                      int64_t capacity) {
-    const Box box(tile);
-    return row_segments<Fn>(env, box.b, box.h, box.q, S, kBlockN, out, capacity);
+  // The runs of tiles of keys of some rows.
+  static int64_t runs(const Box& box, const IntervalEnv& env, int64_t keys, int64_t tile_keys,
+                      ae_run* out, int64_t capacity) {
+    return row_segments<Fn>(env, box.b, box.h, box.q, keys, int(tile_keys), out, capacity);
   }
 
  private:
   const ae_params& p_;
-  const ForwardSizes<Plan> sizes_;
-  const ForwardWorkspace<Plan, Fn> at_;
+  const Cut cut_;
+  const Workspace at_;
   char* const base_;
   Env env_;
+  const Keys keys_;
   IntervalEnv interval_env_{};
   DiagonalTables<Fn, Acc> diagonals_;
+  Schedule schedule_{};
 
   // What all tasks read: the tables of the mask, then those of the diagonals.
   static int64_t mask_bytes(const ae_params& p) {
@@ -100,132 +110,157 @@ class Forward {
     return mask_bytes(p) + DiagonalTables<Fn, Acc>::bytes(p);
   }
 
-  // The row states of one tile.
+  // The row states of an output, or of a part of it.
   struct Rows {
-    typename Fn::Row row[kBlockM];
-    Acc state[kBlockM][kStates];
-    Acc factor[kBlockM];
-    bool alive[kBlockM];
+    typename Fn::Row* row;
+    Acc (*state)[kStates];
+    Acc* factor;
+    bool* alive;
+
+    Rows from(int64_t i) const { return {row + i, state + i, factor + i, alive + i}; }
   };
+  Rows rows_of(char* scratch) const {
+    return {(typename Fn::Row*)(scratch + at_.row), (Acc(*)[kStates])(scratch + at_.state),
+            (Acc*)(scratch + at_.factor), (bool*)(scratch + at_.row_alive)};
+  }
 
   static void pack_task(void* self, int64_t index, int32_t) {
     static_cast<Forward*>(self)->pack_ahead(index);
   }
-  static void tile_task(void* self, int64_t index, int32_t worker) {
-    static_cast<Forward*>(self)->attend(index, worker);
+  static void work_task(void* self, int64_t index, int32_t worker) {
+    static_cast<Forward*>(self)->work(index, worker);
   }
   static void merge_task(void* self, int64_t index, int32_t) {
     static_cast<Forward*>(self)->merge(index);
   }
 
-  // ---- packing ----
-  auto q_mod() const {
-    if constexpr (Fn::kHasQMod) {
-      return [this](V x) { return Fn::q_mod(env_, x); };
-    } else {
-      return NoMod{};
+  // ---- who does what ----
+  int64_t* first_output() const { return (int64_t*)(base_ + at_.first_output); }
+  int64_t* first_tile() const { return (int64_t*)(base_ + at_.first_tile); }
+
+  void number_outputs() {
+    int64_t *output = first_output(), *tile = first_tile();
+    output[0] = tile[0] = 0;
+    for (int64_t b = 0; b < p_.B; ++b) {
+      const Sequence s(p_, b);
+      output[b + 1] = output[b] + cut_.outputs(s);
+      tile[b + 1] = tile[b] + cut_.key_tiles(s);
     }
-  }
-  auto k_mod() const {
-    if constexpr (Fn::kHasKMod) {
-      return [this](V x) { return Fn::k_mod(env_, x); };
-    } else {
-      return NoMod{};
+    schedule_ = Schedule{kTiles, 1, at_.outputs, at_.outputs, nullptr, 0, 0};
+    if (!at_.may_split) return;
+    auto* prefix = (int64_t*)(base_ + at_.prefix);
+    auto* runs_here = (ae_run*)(base_ + at_.runs);  // the first worker's
+    prefix[0] = 0;
+    int64_t most = 0;
+    for (int64_t o = 0; o < at_.outputs; ++o) {
+      const Output output_rows = output_of(o);
+      const int64_t n = runs_of(output_rows, runs_here);
+      int64_t tiles = 0;
+      for (int64_t i = 0; i < n; ++i) tiles += runs_here[i].end - runs_here[i].begin;
+      prefix[o + 1] = prefix[o] + tiles;
+      most = tiles > most ? tiles : most;
     }
-  }
-  auto v_mod() const {
-    if constexpr (Fn::kHasVMod) {
-      return [this](V x) { return Fn::v_mod(env_, x); };
-    } else {
-      return NoMod{};
-    }
+    // Whole outputs where the longest is no more than a worker's fair share and a half.
+    if (2 * most * Plan::kVirtualWorkers <= 3 * prefix[at_.outputs]) return;
+    schedule_ = Schedule::make(kStreamK, at_.outputs, prefix, Plan::kVirtualWorkers, 1);
   }
 
-  int keys_in(int64_t kv_tile) const {
-    const int64_t left = sizes_.S - kv_tile * kBlockN;
-    return int(left < kBlockN ? left : kBlockN);
+  // Sequence b with first[b] <= i < first[b + 1].
+  static int64_t sequence_of(const int64_t* first, int64_t count, int64_t i) {
+    int64_t low = 0, high = count;
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (first[middle] <= i ? low : high) = middle;
+    }
+    return low;
+  }
+  Output output_of(int64_t index) const {
+    const int64_t b = sequence_of(first_output(), p_.B, index);
+    return Output(cut_, b, index - first_output()[b]);
+  }
+  int64_t runs_of(const Output& o, ae_run* out) const {
+    const int64_t capacity = cut_.most_key_tiles();
+    if (cut_.pack_ahead) {
+      const Box box(Tile(cut_, o.s, o.sequence, o.block, o.row_tile));
+      return runs(box, interval_env_, o.s.keys, cut_.tile_keys, out, capacity);
+    }
+    return runs(Box(cut_, o), interval_env_, o.s.keys, cut_.tile_keys, out, capacity);
   }
 
-  static StridedRows<Elem> rows_of(const void* data, const int64_t* stride, int64_t b, int64_t h,
-                                   int64_t first) {
-    return {(const Elem*)data + b * stride[0] + h * stride[1] + first * stride[2], stride[2]};
-  }
-  __attribute__((noinline)) void pack_k(int64_t b, int64_t h, int64_t kv_tile, M* k) const {
-    const int64_t* s = p_.k_stride;
-    pack_by_column<Acc, M, kD>(k, rows_of(p_.k, s, b, h, kv_tile * kBlockN), s[3], keys_in(kv_tile),
-                               kBlockN, k_mod(), kPackAhead * s[2]);
-  }
-  // Returns whether the tile holds Inf or NaN.
-  __attribute__((noinline)) bool pack_v(int64_t b, int64_t h, int64_t kv_tile, M* v) const {
-    const int64_t* s = p_.v_stride;
-    return pack_by_row<Acc, M, kDv>(v, rows_of(p_.v, s, b, h, kv_tile * kBlockN), s[3],
-                                    keys_in(kv_tile), kBlockN, v_mod(), kPackAhead * s[2]);
-  }
+  // The live tiles of a segment, in order.
+  struct LiveTile {
+    int64_t index;  // -1: no more
+    bool full;
+  };
+  class LiveTiles {
+   public:
+    LiveTiles(const ae_run* runs, int64_t n, const Segment& s)
+        : run_(runs), end_(runs + n), skip_(s.begin), left_(s.end - s.begin) {}
+    LiveTile next() {
+      while (left_ > 0 && run_ != end_) {
+        const int64_t tile = run_->begin + at_, size = run_->end - run_->begin;
+        if (at_ >= size || skip_ >= size - at_) {
+          skip_ -= size - at_;
+          ++run_;
+          at_ = 0;
+          continue;
+        }
+        at_ += skip_ + 1;
+        const LiveTile found{tile + skip_, !Fn::kHasMask || run_->tile_class == AE_TILE_FULL};
+        skip_ = 0;
+        --left_;
+        return found;
+      }
+      return {-1, false};
+    }
 
+   private:
+    const ae_run *run_, *end_;
+    int64_t at_ = 0, skip_, left_;
+  };
+
+  // ---- packing ahead ----
   M* packed_k(int64_t tile) const { return (M*)(base_ + at_.k) + tile * Scratch::kKTile; }
   M* packed_v(int64_t tile) const { return (M*)(base_ + at_.v) + tile * Scratch::kVTile; }
 
-  void pack_ahead(int64_t tile) {
-    const int64_t head = tile / sizes_.kv_tiles, kv_tile = tile % sizes_.kv_tiles;
-    const int64_t b = head / sizes_.Hkv, h = head % sizes_.Hkv;
-    pack_k(b, h, kv_tile, packed_k(tile));
-    base_[at_.bad + tile] = pack_v(b, h, kv_tile, packed_v(tile));
+  // Tiles of a sequence lie head after head.
+  int64_t packed_tile(int64_t b, const Sequence& s, int64_t head, int64_t tile) const {
+    return first_tile()[b] * p_.Hkv + head * cut_.key_tiles(s) + tile;
+  }
+  void pack_ahead(int64_t index) {
+    const int64_t b = sequence_of(first_tile(), p_.B, index / p_.Hkv);
+    const Sequence s(p_, b);
+    const int64_t n = cut_.key_tiles(s), in = index - first_tile()[b] * p_.Hkv;
+    const int64_t head = in / n, first = in % n * kBlockN;
+    const int count = keys_in(s, in % n);
+    const Elem* rows[kBlockN];
+    key_addresses(p_, p_.k, p_.k_stride, s, first, count, rows);
+    keys_.pack_k(rows, head * p_.k_stride[1], count, packed_k(index));
+    key_addresses(p_, p_.v, p_.v_stride, s, first, count, rows);
+    base_[at_.bad + index] = keys_.pack_v(rows, head * p_.v_stride[1], count, packed_v(index));
   }
 
-  // The rows of a tile as A operand: where they lie, when they lie as packed rows would.
-  const M* query_rows(const ForwardTile<Plan>& tile, M* scratch) const {
+  int keys_in(const Sequence& s, int64_t tile) const {
+    const int64_t left = s.keys - tile * cut_.tile_keys;
+    return int(left < cut_.tile_keys ? left : cut_.tile_keys);
+  }
+
+  // ---- the rows of an output ----
+  const Elem* query_base(const Output& o) const {
+    return (const Elem*)p_.q + o.sequence * p_.q_stride[0] + o.s.first_row * p_.q_stride[2];
+  }
+  // Rows lie as packed rows would.
+  bool queries_in_place() const {
     const int64_t* s = p_.q_stride;
-    if constexpr (__is_same(M, Elem) && !Fn::kHasQMod && kD == Scratch::kQPitch) {
-      if (sizes_.interleave == 1 && s[3] == 1 && s[2] == kD) {
-        return (const M*)p_.q + tile.b * s[0] + tile.h(0) * s[1] + tile.q(0) * s[2];
-      }
-    }
-    pack_q(tile, scratch);
-    return scratch;
+    return __is_same(M, Elem) && !Fn::kHasQMod && kD == Scratch::kQPitch && cut_.interleave == 1 &&
+           s[3] == 1 && s[2] == kD;
+  }
+  const M* query_rows(const Output& o, const Tile& tile, const M* packed, int64_t at) const {
+    if (!queries_in_place()) return packed + at * Scratch::kQPitch;
+    return (const M*)(query_base(o) + tile.h(0) * p_.q_stride[1] + tile.row(0) * p_.q_stride[2]);
   }
 
-  void pack_q(const ForwardTile<Plan>& tile, M* q) const {
-    const int64_t* s = p_.q_stride;
-    for (int i = 0; i < tile.count; ++i) {
-      const Elem* row = (const Elem*)p_.q + tile.b * s[0] + tile.h(i) * s[1] + tile.q(i) * s[2];
-      pack_row<Acc, M, kD>(q + i * Scratch::kQPitch, row, s[3], q_mod());
-    }
-  }
-
-  // ---- one tile of rows against its tiles of keys ----
-  void attend(int64_t index, int32_t worker) {
-    const ForwardTile<Plan> tile(sizes_, index / sizes_.splits);
-    const int64_t split = index % sizes_.splits;
-    char* scratch = base_ + worker * at_.worker_bytes;
-    const M* q = query_rows(tile, (M*)(scratch + Scratch::kQ));
-    Acc* out = (Acc*)(scratch + Scratch::kOut);
-    ae_run* runs_of_tile = (ae_run*)(scratch + Scratch::kBytes);
-    Rows rows;
-
-    if (sizes_.splits > 1) out = partial_out(index);
-    start_rows(tile, rows);
-    __builtin_memset(out, 0, sizeof(Acc) * uint64_t(tile.count) * kOutPitch);
-    const int64_t begin = sizes_.kv_tiles * split / sizes_.splits;
-    const int64_t end = sizes_.kv_tiles * (split + 1) / sizes_.splits;
-    const int64_t n = runs(tile, interval_env_, sizes_.S, runs_of_tile, sizes_.kv_tiles);
-    for (int64_t r = 0; r < n; ++r) {
-      const ae_run& run = runs_of_tile[r];
-      const int64_t from = run.begin < begin ? begin : run.begin;
-      const int64_t to = run.end > end ? end : run.end;
-      const bool full = !Fn::kHasMask || run.tile_class == AE_TILE_FULL;
-      for (int64_t t = from; t < to; ++t) add_keys(tile, rows, q, t, full, scratch, out);
-    }
-    if (sizes_.splits > 1) {
-      __builtin_memcpy(partial_state(index), rows.state, sizeof(Acc) * Fn::kStates * tile.count);
-      __builtin_memcpy(partial_alive(index), rows.alive, uint64_t(tile.count));
-    } else {
-      for (int i = 0; i < tile.count; ++i) {
-        finish_row(tile, i, rows.row[i], rows.state[i], rows.alive[i], out + i * kOutPitch);
-      }
-    }
-  }
-
-  void start_rows(const ForwardTile<Plan>& tile, Rows& rows) const {
+  void start_rows(const Tile& tile, const Rows& rows) const {
     for (int i = 0; i < tile.count; ++i) {
       rows.row[i] = Fn::make_row(env_, tile.b, tile.h(i), tile.q(i));
       Fn::init(env_, rows.row[i], rows.state[i]);
@@ -233,125 +268,172 @@ class Forward {
     }
   }
 
-  // Whether a few rows may read K, or V, where they lie.
-  static constexpr bool kDirectK = !Fn::kHasKMod && kD % (L::W * kPair) == 0;
-  static constexpr bool kDirectV = !Fn::kHasVMod && kDv % (L::W * kPair) == 0;
-  bool direct(const int64_t* stride, int rows) const {
-    return !sizes_.pack_ahead && rows <= kDirectRows && stride[3] == 1;
+  void work(int64_t worker, int32_t thread) {
+    char* scratch = base_ + thread * at_.worker_bytes;
+    if (schedule_.prefix == nullptr) {
+      attend(Segment{worker, 0, int64_t(1) << 62, -1}, scratch);
+    } else {
+      schedule_.each_segment(worker, [&](const Segment& s) { attend(s, scratch); });
+    }
   }
 
-  // The columns of a kv tile in which some key of these rows may be live.
-  Columns columns_of(const ForwardTile<Plan>& tile, int64_t kv_tile, int ncols, bool full) const {
+  void attend(const Segment& segment, char* scratch) {
+    const Output output = output_of(segment.output);
+    const Rows rows = rows_of(scratch);
+    M* q = (M*)(scratch + at_.q);
+    Acc* sums = (Acc*)(scratch + at_.sums);
+    ae_run* runs_here = (ae_run*)(scratch + at_.runs);
+    output.each_part(cut_, [&](const Tile& tile, int64_t at) {
+      if (!queries_in_place()) {
+        keys_.pack_q(tile, query_base(output), q + at * Scratch::kQPitch);
+      }
+      start_rows(tile, rows.from(at));
+      __builtin_memset(sums + at * kOutPitch, 0, sizeof(Acc) * uint64_t(tile.count) * kOutPitch);
+    });
+    LiveTiles tiles(runs_here, runs_of(output, runs_here), segment);
+    LiveTile next = tiles.next();
+    while (next.index >= 0) {
+      const LiveTile tile = next;
+      next = tiles.next();
+      add_tile(output, tile, next, rows, q, sums, scratch);
+    }
+    if (segment.slot < 0) return finish(output, rows, sums);
+    output.each_part(cut_, [&](const Tile& tile, int64_t at) {
+      const uint64_t n = uint64_t(tile.count);
+      const int64_t to = segment.slot * at_.rows + at;
+      __builtin_memcpy(partial_out(to), sums + at * kOutPitch, sizeof(Acc) * n * kOutPitch);
+      __builtin_memcpy(partial_state(to), rows.state + at, sizeof(Acc) * n * kStates);
+      __builtin_memcpy(partial_alive(to), rows.alive + at, n);
+    });
+  }
+
+  void finish(const Output& output, const Rows& rows, const Acc* sums) const {
+    output.each_part(cut_, [&](const Tile& tile, int64_t at) {
+      const Rows mine = rows.from(at);
+      for (int i = 0; i < tile.count; ++i) {
+        finish_row(output, tile, i, mine.row[i], mine.state[i], mine.alive[i],
+                   sums + (at + i) * kOutPitch);
+      }
+    });
+  }
+
+  // ---- one tile of keys ----
+  // Of all heads of an output; meanwhile the rows of `next` are fetched, in the order of the
+  // memory.
+  void add_tile(const Output& o, LiveTile live, LiveTile next, const Rows& rows, const M* q,
+                Acc* sums, char* scratch) const {
+    KeyTile keys{};
+    keys.first = live.index * cut_.tile_keys;
+    keys.count = keys_in(o.s, live.index);
+    keys.full = live.full;
+    if (!cut_.pack_ahead) {
+      keys.k_rows = address(o, p_.k, p_.k_stride, live, next, scratch + at_.k_rows);
+      keys.v_rows = address(o, p_.v, p_.v_stride, live, next, scratch + at_.v_rows);
+      if (cut_.heads_together > 1) {
+        const auto k_ahead = (const Elem**)(scratch + at_.k_ahead);
+        const auto v_ahead = (const Elem**)(scratch + at_.v_ahead);
+        order_ahead(o, keys.k_rows + cut_.tile_keys, p_.k_stride[1], k_ahead);
+        order_ahead(o, keys.v_rows + cut_.tile_keys, p_.v_stride[1], v_ahead);
+      }
+    }
+    for (int64_t i = 0; i < o.heads; ++i) {
+      const int64_t head = o.head + i;
+      keys.k_offset = head * p_.k_stride[1], keys.v_offset = head * p_.v_stride[1];
+      if (cut_.pack_ahead) {
+        const int64_t packed =
+            packed_tile(cut_.shared_keys ? 0 : o.sequence, o.s, head, live.index);
+        keys.k = packed_k(packed), keys.v = packed_v(packed);
+        keys.k_packed = keys.v_packed = true;
+        keys.bad_v = base_[at_.bad + packed];
+      } else {
+        keys.k = (M*)(scratch + Scratch::kK), keys.v = (M*)(scratch + Scratch::kV);
+        keys.k_packed = keys.v_packed = false;
+        if (cut_.heads_together > 1) {
+          keys.k_ahead = (const Elem**)(scratch + at_.k_ahead) + i * cut_.tile_keys;
+          keys.v_ahead = (const Elem**)(scratch + at_.v_ahead) + i * cut_.tile_keys;
+        } else {
+          keys.k_ahead = keys.k_rows + cut_.keys_ahead();
+          keys.v_ahead = keys.v_rows + cut_.keys_ahead();
+        }
+      }
+      o.each_part(cut_, head, [&](const Tile& tile, int64_t at) {
+        add_keys(tile, keys, rows.from(at), query_rows(o, tile, q, at), sums + at * kOutPitch,
+                 scratch);
+      });
+    }
+  }
+
+  // Addresses of a tile's keys and of keys_ahead() after them, from the next tile on. With several
+  // heads that tile starts at tile_keys.
+  const Elem* const* address(const Output& o, const void* data, const int64_t* stride,
+                             LiveTile live, LiveTile next, char* memory) const {
+    const auto rows = (const Elem**)memory;
+    const int64_t count = keys_in(o.s, live.index);
+    key_addresses(p_, data, stride, o.s, live.index * cut_.tile_keys, count, rows);
+    int64_t filled = count;
+    const int64_t wanted = cut_.tile_keys + cut_.keys_ahead();
+    if (cut_.heads_together > 1) {
+      for (; filled < cut_.tile_keys; ++filled) rows[filled] = rows[count - 1];
+    }
+    if (next.index >= 0) {
+      int64_t more = keys_in(o.s, next.index);
+      if (more > wanted - filled) more = wanted - filled;
+      key_addresses(p_, data, stride, o.s, next.index * cut_.tile_keys, more, rows + filled);
+      filled += more;
+    }
+    for (; filled < wanted; ++filled) rows[filled] = rows[filled - 1];
+    return rows;
+  }
+
+  // The next tile's rows of all heads as they lie: key after key.
+  void order_ahead(const Output& o, const Elem* const* rows, int64_t head_stride,
+                   const Elem** ahead) const {
+    for (int64_t j = 0; j < cut_.tile_keys; ++j) {
+      const Elem* row = rows[j] + o.head * head_stride;
+      for (int64_t h = 0; h < o.heads; ++h) *ahead++ = row + h * head_stride;
+    }
+  }
+
+  // The columns of a tile in which some key of these rows may be live.
+  Columns columns_of(const Tile& tile, const KeyTile& keys) const {
     if constexpr (Fn::kHasMask) {
-      if (!full) {
+      if (!keys.full) {
         const Box box(tile);
-        return live_columns(kv_tile * kBlockN, ncols, kGemmRegs * L::W, [&](Interval k) {
+        return live_columns(keys.first, keys.count, kGemmRegs * L::W, [&](Interval k) {
           return Fn::classify(interval_env_, box.b, box.h, box.q, k);
         });
       }
     }
-    return {0, ncols};
+    return {0, keys.count};
   }
 
-  void add_keys(const ForwardTile<Plan>& tile, Rows& rows, const M* q, int64_t kv_tile, bool full,
-                char* scratch, Acc* out) const {
-    const Columns columns = columns_of(tile, kv_tile, keys_in(kv_tile), full);
+  void add_keys(const Tile& tile, KeyTile& keys, const Rows& rows, const M* q, Acc* out,
+                char* scratch) const {
+    const Columns columns = columns_of(tile, keys);
     const int first = columns.begin, ncols = columns.end - columns.begin;
     if (ncols == 0) return;
     Acc* scores = (Acc*)(scratch + Scratch::kScores) + first;
     M* weights = Plan::kBf16Dot ? (M*)(scratch + Scratch::kWeights) + first : (M*)scores;
-    const int64_t packed = tile.kv_head * sizes_.kv_tiles + kv_tile;
-    score(tile, q, kv_tile, columns, packed, scratch, scores);
-    const int64_t key = kv_tile * kBlockN + first;
-    const bool ragged = ncols % L::W != 0;
-    const bool live = !full || ragged ? weigh<true>(tile, rows, scores, weights, key, ncols, full)
-                                      : weigh<false>(tile, rows, scores, weights, key, ncols, full);
-    if (!live) return;
-    // Dead keys must not be multiplied, so only a tile without any may be read where it lies.
-    if constexpr (kDirectV && !score_can_die<Fn>()) {
-      if (full && direct(p_.v_stride, tile.count)) {
-        return multiply_direct(tile, key, ncols, rows.factor, weights, out);
-      }
-    }
-    M* v = (M*)(scratch + Scratch::kV);
-    bool bad_v;
-    if (sizes_.pack_ahead) {
-      v = packed_v(packed);
-      bad_v = base_[at_.bad + packed];
-    } else {
-      bad_v = pack_v(tile.kv_b, tile.kv_h, kv_tile, v);
-    }
-    v += int64_t(first) * kOutPitch;
-    if (bad_v && (!full || score_can_die<Fn>())) {
-      return multiply_live(tile.count, ncols, rows.factor, weights, v, out);
-    }
-    const int steps = (ncols + kPair - 1) / kPair;  // the weight that fills a pair is 0
-    gemm<Acc, M, kOutPitch, GemmMode::kScale>(tile.count, steps, weights, kBlockN, kPair, v,
-                                              kOutPitch, out, kOutPitch, rows.factor);
-  }
-
-  // Raw dot products of the rows with some columns of one tile of keys; `scores` is the first.
-  void score(const ForwardTile<Plan>& tile, const M* q, int64_t kv_tile, Columns columns,
-             int64_t packed, char* scratch, Acc* scores) const {
-    const int ncols = columns.end - columns.begin;
-    if constexpr (kDirectK) {
-      if (direct(p_.k_stride, tile.count)) {
-        return score_direct(tile, kv_tile * kBlockN + columns.begin, ncols, q, scores);
-      }
-    }
-    M* k = sizes_.pack_ahead ? packed_k(packed) : (M*)(scratch + Scratch::kK);
-    if (!sizes_.pack_ahead) pack_k(tile.kv_b, tile.kv_h, kv_tile, k);
-    gemm<Acc, M, kBlockN, GemmMode::kOverwrite>(
-        tile.count, (kD + kPair - 1) / kPair, q, Scratch::kQPitch, kPair,
-        k + int64_t(columns.begin) * kPair, kBlockN, scores, kBlockN, nullptr, ncols);
-  }
-
-  // The same from K as it lies. Keys beyond the last whole vector are copied, so that nothing past
-  // the end is read.
-  void score_direct(const ForwardTile<Plan>& tile, int64_t key, int ncols, const M* q,
-                    Acc* scores) const {
-    const int64_t row = p_.k_stride[2];
-    const Elem* k = rows_of(p_.k, p_.k_stride, tile.kv_b, tile.kv_h, key).base;
-    const int whole = ncols / L::W * L::W;
-    direct_scores<Acc, M, kD>(tile.count, q, Scratch::kQPitch, k, row, whole, scores, kBlockN,
-                              kDirectAhead * row);
-    if (whole == ncols) return;
-    Elem rest[L::W * kD] = {};
-    for (int j = whole; j < ncols; ++j) {
-      __builtin_memcpy(rest + (j - whole) * kD, k + j * row, sizeof(Elem) * kD);
-    }
-    direct_scores<Acc, M, kD>(tile.count, q, Scratch::kQPitch, rest, kD, L::W, scores + whole,
-                              kBlockN, 0);
-  }
-
-  // O = O * factor + W V from V as it lies; an odd last row is paired with zeros.
-  void multiply_direct(const ForwardTile<Plan>& tile, int64_t key, int ncols, const Acc* factor,
-                       const M* weights, Acc* out) const {
-    using B = typename NaturalLoader<M, Elem, kDirectAhead>::type;
-    const int64_t row = p_.v_stride[2];
-    const Elem* v = rows_of(p_.v, p_.v_stride, tile.kv_b, tile.kv_h, key).base;
-    const int whole = ncols / kPair * kPair;
-    gemm<Acc, M, kOutPitch, GemmMode::kScale, B>(tile.count, whole / kPair, weights, kBlockN, kPair,
-                                                 v, row, out, kOutPitch, factor);
-    if (whole == ncols) return;
-    Elem rest[kPair * kOutPitch] = {};
-    __builtin_memcpy(rest, v + whole * row, sizeof(Elem) * kDv);
-    gemm<Acc, M, kOutPitch, GemmMode::kAccumulate, B>(tile.count, 1, weights + whole, kBlockN,
-                                                      kPair, rest, kOutPitch, out, kOutPitch);
+    keys_.score(keys, columns, tile.count, q, scores);
+    const bool whole = keys.full && ncols % L::W == 0;
+    const bool live = whole ? weigh<false>(tile, rows, scores, weights, keys, columns)
+                            : weigh<true>(tile, rows, scores, weights, keys, columns);
+    if (live) keys_.multiply(keys, columns, tile.count, rows.factor, weights, out);
   }
 
   // Scores to weights, row by row. Returns whether any row has a live key in this tile.
   template <bool kPartial>
-  __attribute__((noinline)) bool weigh(const ForwardTile<Plan>& tile, Rows& rows, Acc* scores,
-                                       M* weights, int64_t key, int ncols, bool full) const {
+  __attribute__((noinline)) bool weigh(const Tile& tile, const Rows& rows, Acc* scores, M* weights,
+                                       const KeyTile& keys, Columns columns) const {
     bool any = false;
     const Acc scale = Acc(p_.scale);
     for (int i = 0; i < tile.count; ++i) {
       Acc* s = scores + int64_t(i) * kBlockN;
       Acc factor = 1;
       M* w = Plan::kBf16Dot ? weights + int64_t(i) * kBlockN : (M*)s;
-      const bool live = Fn::template tile_row<kPartial>(env_, rows.row[i], scale, s, w,
-                                                        rows.state[i], factor, key, ncols, full);
+      const bool live = Fn::template tile_row<kPartial>(
+          env_, rows.row[i], scale, s, w, rows.state[i], factor, keys.first + columns.begin,
+          columns.end - columns.begin, keys.full);
       rows.factor[i] = factor;
       rows.alive[i] |= live;
       any |= live;
@@ -359,68 +441,75 @@ class Forward {
     return any;
   }
 
-  // O = O * factor + W V over the keys whose weight is not 0: V may hold Inf or NaN at dead keys.
-  __attribute__((noinline)) void multiply_live(int count, int keys, const Acc* factor,
-                                               const M* weights, const M* v, Acc* out) const {
-    for (int i = 0; i < count; ++i) {
-      Acc* o = out + int64_t(i) * kOutPitch;
-      for (int d = 0; d < kOutPitch; ++d) o[d] *= factor[i];
-      for (int j = 0; j < keys; ++j) {
-        const Acc w = widen<Acc>(weights[int64_t(i) * kBlockN + j]);
-        if (w == 0) continue;
-        const M* row = v + int64_t(j / kPair) * kPair * kOutPitch + j % kPair;
-        for (int d = 0; d < kOutPitch; ++d) o[d] += w * widen<Acc>(row[d * kPair]);
-      }
-    }
-  }
-
   // ---- results ----
-  Acc* partial_out(int64_t index) const {
-    return (Acc*)(base_ + at_.out) + index * kBlockM * kOutPitch;
-  }
-  Acc* partial_state(int64_t index) const {
-    return (Acc*)(base_ + at_.state) + index * kBlockM * Fn::kStates;
-  }
-  bool* partial_alive(int64_t index) const { return (bool*)(base_ + at_.alive) + index * kBlockM; }
+  Acc* partial_out(int64_t row) const { return (Acc*)(base_ + at_.out) + row * kOutPitch; }
+  Acc* partial_state(int64_t row) const { return (Acc*)(base_ + at_.out_state) + row * kStates; }
+  bool* partial_alive(int64_t row) const { return (bool*)(base_ + at_.alive) + row; }
 
-  // Merges the chunks of one row tile in index order; a chunk without live key is absent.
+  // Row r of an output: its part, and the row there.
+  struct Place {
+    Tile tile;
+    int i;
+  };
+  Place place_of(const Output& o, int64_t r) const {
+    if (cut_.pack_ahead) return {Tile(cut_, o.s, o.sequence, o.block, o.row_tile), int(r)};
+    const int64_t rows = o.s.rows * cut_.interleave, row = r % rows;
+    const int64_t block = o.head * cut_.blocks + r / rows;
+    return {Tile(cut_, o.s, o.sequence, block, row / kBlockM), int(row % kBlockM)};
+  }
+  int64_t row_count(const Output& o) const {
+    if (cut_.pack_ahead) return Tile(cut_, o.s, o.sequence, o.block, o.row_tile).count;
+    return o.heads * cut_.blocks * o.s.rows * cut_.interleave;
+  }
+
+  // Merges the parts of some rows of an output in the order of its keys; a part without live key is
+  // absent.
   void merge(int64_t index) {
     if constexpr (kCanSplit) {
-      const ForwardTile<Plan> tile(sizes_, index);
-      const int64_t first = index * sizes_.splits;
-      for (int i = 0; i < tile.count; ++i) {
-        const auto row = Fn::make_row(env_, tile.b, tile.h(i), tile.q(i));
-        Acc state[kStates];
-        Acc* out = nullptr;
-        for (int64_t part = first; part < first + sizes_.splits; ++part) {
-          if (!partial_alive(part)[i]) continue;
-          const Acc* other = partial_state(part) + i * Fn::kStates;
-          Acc* other_out = partial_out(part) + i * kOutPitch;
-          if (out == nullptr) {
-            out = other_out;
-            for (int s = 0; s < Fn::kStates; ++s) state[s] = other[s];
-          } else {
-            Acc merged[kStates], fa = 1, fb = 1;
-            Fn::merge(env_, row, state, other, merged, fa, fb);
-            for (int s = 0; s < Fn::kStates; ++s) state[s] = merged[s];
-            for (int d = 0; d < kOutPitch; ++d) out[d] = out[d] * fa + other_out[d] * fb;
-          }
+      const int64_t chunks = (at_.rows + kMergeRows - 1) / kMergeRows;
+      const Parts parts = schedule_.parts(index / chunks);
+      if (parts.whole) return;
+      const Output output = output_of(index / chunks);
+      const int64_t begin = index % chunks * kMergeRows, rows = row_count(output);
+      for (int64_t r = begin; r < rows && r < begin + kMergeRows; ++r) merge_row(output, parts, r);
+    }
+  }
+  void merge_row(const Output& output, const Parts& parts, int64_t r) const {
+    if constexpr (kCanSplit) {
+      const Place at = place_of(output, r);
+      const auto row = Fn::make_row(env_, at.tile.b, at.tile.h(at.i), at.tile.q(at.i));
+      Acc state[kStates];
+      Acc* out = nullptr;
+      for (int64_t part = 0; part < parts.count; ++part) {
+        const int64_t from = parts.slot(part) * at_.rows + r;
+        if (!*partial_alive(from)) continue;
+        const Acc* other = partial_state(from);
+        Acc* other_out = partial_out(from);
+        if (out == nullptr) {
+          out = other_out;
+          for (int s = 0; s < Fn::kStates; ++s) state[s] = other[s];
+        } else {
+          Acc merged[kStates], fa = 1, fb = 1;
+          Fn::merge(env_, row, state, other, merged, fa, fb);
+          for (int s = 0; s < Fn::kStates; ++s) state[s] = merged[s];
+          for (int d = 0; d < kOutPitch; ++d) out[d] = out[d] * fa + other_out[d] * fb;
         }
-        if (out == nullptr) Fn::init(env_, row, state);
-        finish_row(tile, i, row, state, out != nullptr, out);
       }
+      if (out == nullptr) Fn::init(env_, row, state);
+      finish_row(output, at.tile, at.i, row, state, out != nullptr, out);
     }
   }
 
   // Writes one output row and its statistics; a row that never met a live key is 0.
-  void finish_row(const ForwardTile<Plan>& tile, int i, const typename Fn::Row& row,
+  void finish_row(const Output& output, const Tile& tile, int i, const typename Fn::Row& row,
                   const Acc* state, bool alive, const Acc* acc) const {
     constexpr int W = L::W;
-    const int64_t q = tile.q(i), h = tile.h(i), *s = p_.out_stride;
+    const int64_t q = output.s.first_row + tile.row(i), h = tile.h(i), b = output.sequence;
+    const int64_t* s = p_.out_stride;
     Acc stats[Fn::kStats > 0 ? Fn::kStats : 1];
     Acc factor = 1;
     Fn::finalize(env_, row, state, factor, p_.stats != nullptr ? stats : nullptr);
-    Elem* out = (Elem*)p_.out + tile.b * s[0] + h * s[1] + q * s[2];
+    Elem* out = (Elem*)p_.out + b * s[0] + h * s[1] + q * s[2];
     if (!alive) {
       for (int d = 0; d < kDv; ++d) out[d * s[3]] = Elem{};
     } else if (s[3] == 1) {
@@ -434,7 +523,7 @@ class Forward {
     }
     if (p_.stats == nullptr) return;
     const int64_t* step = p_.stats_stride;
-    Acc* to = (Acc*)p_.stats + tile.b * step[1] + h * step[2] + q;
+    Acc* to = (Acc*)p_.stats + b * step[1] + h * step[2] + q;
     for (int n = 0; n < Fn::kStats; ++n) to[n * step[0]] = stats[n];
   }
 };

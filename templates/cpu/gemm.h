@@ -10,9 +10,7 @@
 //           elements of the pair are adjacent. So a natural [m][lda] tile is (a_row = lda,
 //           a_step = 1), or a_step = 2 for bf16; a transposed tile [k][lda] is (1, lda); and
 //           transposed bf16 pairs [k/2][lda][2] are (2, 2 * lda).
-//   b       [k][ldb], or pairs [k/2][ldb][2] for bf16; ldb counts columns in both. With the loader
-//           NaturalRows, bf16 rows [k][ldb] as they lie in memory, paired in registers; with
-//           WidenedRows, rows of a narrower element type, widened to Acc in registers.
+//   b       [k][ldb], or pairs [k/2][ldb][2] for bf16; ldb counts columns in both.
 //   c       row-major Acc, ldc elements between rows.
 //   mode    kOverwrite: C = AB. kAccumulate: C += AB. kScale: row i of C = C * factor[i] + AB.
 //
@@ -93,81 +91,10 @@ AE_INLINE bool any_nan(const A* p, int n) {
   return found;
 }
 
-// Loaders of kRegs * W columns of B for one step.
-template <class M, int kPair>
-struct PackedRows {
-  using Stored = M;
-  static constexpr int kColumn = kPair;  // elements of B between columns
-  template <class V, int kRegs>
-  static AE_INLINE void load(V (&bv)[kRegs], const M* b, int64_t) {
-#pragma GCC unroll 8
-    for (int j = 0; j < kRegs; ++j) {
-      bv[j] = load_vector<V>(b + j * int64_t(sizeof(V) / sizeof(M)));
-    }
-  }
-};
-// Two bf16 rows become vectors of pairs; for kRegs even. Fetches ahead what the same call will read
-// kAhead rows later: rows are read once, straight from memory.
-template <int kAhead>
-struct NaturalRows {
-  using Stored = bf16;
-  static constexpr int kColumn = 1;
-  template <class V, int kRegs>
-  static AE_INLINE void load(V (&bv)[kRegs], const bf16* b, int64_t ldb) {
-    constexpr int kLanes = sizeof(V) / sizeof(bf16);
-    using H = Vector<uint16_t, kLanes>;
-    H low, high;
-    for (int i = 0; i < kLanes; ++i) {
-      low[i] = uint16_t(i / 2 + i % 2 * kLanes);
-      high[i] = uint16_t(kLanes / 2 + i / 2 + i % 2 * kLanes);
-    }
-#pragma GCC unroll 8
-    for (int j = 0; j < kRegs / 2; ++j) {
-      const bf16* p = b + j * kLanes;
-      __builtin_prefetch(p + kAhead * ldb, 0, 2);
-      __builtin_prefetch(p + (kAhead + 1) * ldb, 0, 2);
-      const H even = load_vector<H>(p), odd = load_vector<H>(p + ldb);
-      bv[2 * j] = (V)__builtin_shuffle(even, odd, low);
-      bv[2 * j + 1] = (V)__builtin_shuffle(even, odd, high);
-    }
-  }
-};
-
-// Rows of 16-bit elements become accumulator vectors. Fetches ahead like NaturalRows.
-template <class Acc, class E, int kAhead>
-struct WidenedRows {
-  using Stored = E;
-  static constexpr int kColumn = 1;
-  template <class V, int kRegs>
-  static AE_INLINE void load(V (&bv)[kRegs], const E* b, int64_t ldb) {
-#pragma GCC unroll 8
-    for (int j = 0; j < kRegs; ++j) {
-      const E* p = b + j * Lanes<Acc>::W;
-      if (j % 2 == 0) __builtin_prefetch(p + kAhead * ldb, 0, 2);  // two vectors of E to a line
-      bv[j] = load_widened<Acc>(p);
-    }
-  }
-};
-
-// The loader of rows of E as they lie in memory, to be multiplied as M.
-template <class M, class E, int kAhead>
-struct NaturalLoader {
-  using type = WidenedRows<M, E, kAhead>;
-};
-template <class M, int kAhead>
-struct NaturalLoader<M, M, kAhead> {
-  using type = PackedRows<M, 1>;
-};
-template <int kAhead>
-struct NaturalLoader<bf16, bf16, kAhead> {
-  using type = NaturalRows<kAhead>;
-};
-
 // kRows x (kRegs * W) of C, held in registers over all steps.
-template <class Acc, class M, int kRows, int kRegs, GemmMode kMode, class B>
-AE_INLINE void gemm_block(int64_t steps, const M* a, int64_t a_row, int64_t a_step,
-                          const typename B::Stored* b, int64_t ldb, Acc* c, int64_t ldc,
-                          const Acc* factor) {
+template <class Acc, class M, int kRows, int kRegs, GemmMode kMode>
+AE_INLINE void gemm_block(int64_t steps, const M* a, int64_t a_row, int64_t a_step, const M* b,
+                          int64_t ldb, Acc* c, int64_t ldc, const Acc* factor) {
   using Step = GemmStep<Acc, M>;
   using V = typename Step::V;
   constexpr int W = Lanes<Acc>::W;
@@ -186,7 +113,10 @@ AE_INLINE void gemm_block(int64_t steps, const M* a, int64_t a_row, int64_t a_st
   }
   for (int64_t s = 0; s < steps; ++s, a += a_step, b += ldb * Step::kPair) {
     V bv[kRegs];
-    B::load(bv, b, ldb);
+#pragma GCC unroll 8
+    for (int j = 0; j < kRegs; ++j) {
+      bv[j] = load_vector<V>(b + j * int64_t(sizeof(V) / sizeof(M)));
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       const V av = Step::broadcast(a + i * a_row);
@@ -202,15 +132,15 @@ AE_INLINE void gemm_block(int64_t steps, const M* a, int64_t a_row, int64_t a_st
 }
 
 // All m rows of one panel of kRegs * W columns, so that the panel of B stays in the first cache.
-template <class Acc, class M, int kRegs, GemmMode kMode, class B>
+template <class Acc, class M, int kRegs, GemmMode kMode>
 __attribute__((noinline)) void gemm_panel(int m, int64_t steps, const M* a, int64_t a_row,
-                                          int64_t a_step, const typename B::Stored* b, int64_t ldb,
-                                          Acc* c, int64_t ldc, const Acc* factor) {
+                                          int64_t a_step, const M* b, int64_t ldb, Acc* c,
+                                          int64_t ldc, const Acc* factor) {
   int i = 0;
   const auto rows = [&]<int kRows>() {
     for (; i + kRows <= m; i += kRows) {
-      gemm_block<Acc, M, kRows, kRegs, kMode, B>(steps, a + i * a_row, a_row, a_step, b, ldb,
-                                                 c + i * ldc, ldc, factor + i);
+      gemm_block<Acc, M, kRows, kRegs, kMode>(steps, a + i * a_row, a_row, a_step, b, ldb,
+                                              c + i * ldc, ldc, factor + i);
     }
   };
   rows.template operator()<kGemmRows>();
@@ -220,24 +150,23 @@ __attribute__((noinline)) void gemm_panel(int m, int64_t steps, const M* a, int6
 }
 
 // Panels of C that start at or after `columns` are left alone.
-template <class Acc, class M, int N, GemmMode kMode,
-          class B = PackedRows<M, GemmStep<Acc, M>::kPair>>
-AE_INLINE void gemm(int m, int64_t steps, const M* a, int64_t a_row, int64_t a_step,
-                    const typename B::Stored* b, int64_t ldb, Acc* c, int64_t ldc,
-                    const Acc* factor = nullptr, int columns = N) {
-  constexpr int W = Lanes<Acc>::W;
+template <class Acc, class M, int N, GemmMode kMode>
+AE_INLINE void gemm(int m, int64_t steps, const M* a, int64_t a_row, int64_t a_step, const M* b,
+                    int64_t ldb, Acc* c, int64_t ldc, const Acc* factor = nullptr,
+                    int columns = N) {
+  constexpr int W = Lanes<Acc>::W, kPair = GemmStep<Acc, M>::kPair;
   constexpr int kPanel = kGemmRegs * W;
   constexpr int kRest = N % kPanel / W;
   static_assert(N % W == 0, "columns must be padded to whole vectors");
   int j = 0;
   for (; j + kPanel <= N && j < columns; j += kPanel) {
-    gemm_panel<Acc, M, kGemmRegs, kMode, B>(m, steps, a, a_row, a_step, b + j * B::kColumn, ldb,
-                                            c + j, ldc, factor);
+    gemm_panel<Acc, M, kGemmRegs, kMode>(m, steps, a, a_row, a_step, b + j * kPair, ldb, c + j, ldc,
+                                         factor);
   }
   if constexpr (kRest > 0) {
     if (j >= columns) return;
-    gemm_panel<Acc, M, kRest, kMode, B>(m, steps, a, a_row, a_step, b + j * B::kColumn, ldb, c + j,
-                                        ldc, factor);
+    gemm_panel<Acc, M, kRest, kMode>(m, steps, a, a_row, a_step, b + j * kPair, ldb, c + j, ldc,
+                                     factor);
   }
 }
 
