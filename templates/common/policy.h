@@ -92,9 +92,10 @@ AE_HD inline Merging split_merging(const Work& w, int64_t splits) {
 // get an upper bound, so that a split is never chosen on a guess.
 AE_HD inline double list_makespan(const Work& w, int64_t splits, double stop, int64_t simulated) {
   const double write = splits > 1 ? w.costs.part / 2 : 0;
-  const int64_t pieces = w.outputs * splits;
+  // An output without tiles is a worker's own only where there is no combine step.
+  const int64_t pieces = (splits > 1 ? w.live : w.outputs) * splits;
   const int64_t deepest = least(w.longest, splits);
-  if (w.longest == 0 && splits > 1) return 0;  // the combine step finishes them all
+  if (pieces == 0) return 0;
   const int64_t most_tiles = w.longest > 0 ? w.longest / deepest + (w.longest % deepest != 0) : 0;
   const double largest = w.piece(most_tiles) + (deepest > 1 ? write : 0);
   if (pieces <= w.slots) return largest;
@@ -122,7 +123,6 @@ AE_HD inline double list_makespan(const Work& w, int64_t splits, double stop, in
   };
   for (int64_t o = first; o < w.outputs; ++o) {
     const int64_t n = w.prefix[o + 1] - w.prefix[o];
-    // An output without tiles is a worker's own only where there is no combine step.
     const int64_t parts = splits == 1 ? 1 : least(n, splits);
     int64_t size = n, longer = 0;  // parts < longer have a tile more
     if (parts > 1) {
@@ -203,14 +203,15 @@ AE_HD inline double best_stream_k(const Work& w, int64_t* workers) {
   return best;
 }
 
-// Sets `splits`: powers of two, and what fills one to four waves of slots. A number that cannot
-// reach `stop` is not simulated: the work of all over the slots, and the largest piece, bound it.
+// Sets `splits`: all that fit one wave of slots, what fills two to four, and powers of two. A
+// number that cannot reach `stop` is not simulated: the work of all over the slots, and the largest
+// piece, bound it.
 AE_HD inline double best_split(const Work& w, double stop, int32_t* splits) {
   double best = kNever;
   int64_t budget = kSearched;
   const double write = w.costs.part / 2, tiles = double(w.tiles) * w.costs.tile;
   const auto attempt = [&](int64_t s) {
-    if (s < 2 || s > kMostSplits || s > w.longest || s == *splits) return;
+    if (s < 2 || s > kMostSplits || s > w.longest) return;
     const Merging merging = split_merging(w, s);
     const double merge = merging.cost(w), parts = double(merging.parts);
     const double spread = (tiles + parts * (w.costs.segment + write)) / double(w.slots);
@@ -219,7 +220,7 @@ AE_HD inline double best_split(const Work& w, double stop, int32_t* splits) {
     double cost = most(spread, piece) + merge;  // at least
     if (cost <= limit) {
       cost = list_makespan(w, s, limit - merge, budget) + merge;
-      if (w.outputs * s > w.slots && w.outputs * s <= budget) budget -= w.outputs * s;
+      if (w.live * s > w.slots && w.live * s <= budget) budget -= w.live * s;
     }
     if (cost < best || (cost == best && s < *splits)) {
       best = cost;
@@ -227,10 +228,12 @@ AE_HD inline double best_split(const Work& w, double stop, int32_t* splits) {
     }
   };
   *splits = 1;
-  for (int64_t wave = 1; wave <= 4; ++wave) {
-    if (w.live > 0) attempt(wave * w.slots / w.live);
+  const int64_t one_wave = least(w.slots / w.live, kMostSplits);
+  for (int64_t s = 2; s <= one_wave; ++s) attempt(s);
+  for (int64_t wave = 2; wave <= 4; ++wave) attempt(wave * w.slots / w.live);
+  for (int64_t s = 2; s <= kMostSplits; s *= 2) {
+    if (s > one_wave) attempt(s);
   }
-  for (int64_t s = 2; s <= kMostSplits; s *= 2) attempt(s);
   return best;
 }
 
