@@ -96,6 +96,7 @@ setup(
             f"attnengine.{OPS_LIBRARY}",
             [
                 "csrc/ops.cpp",
+                "csrc/ops_sequences.cpp",
                 "csrc/registry.cpp",
                 "csrc/host_api.cpp",
                 "csrc/driver_table.cpp",

@@ -24,6 +24,7 @@ try:
         explain,
         flex_attention,
     )
+    from .kvcache import attention_with_kvcache
     from .reference import reference
     from .rows import Identity, ReLU, Retention, Sigmoid, Softmax, SoftmaxSink
     from .spec import AttentionSpec, OnlineFunc
@@ -36,7 +37,8 @@ __all__ = [
     "AttentionSpec", "AttnEngineError", "AuxOutput", "AuxRequest", "BuildError", "CacheError",
     "Handle", "Identity", "KernelUnavailable", "OnlineFunc", "ReLU", "Retention",
     "RowFunctionError", "Sigmoid", "Softmax", "SoftmaxSink", "Statistics", "TraceError",
-    "attention", "compile", "explain", "flex_attention", "reference", "variants",
+    "attention", "attention_with_kvcache", "compile", "explain", "flex_attention", "reference",
+    "variants",
 ]  # fmt: skip
 
 
