@@ -25,6 +25,7 @@ try:
         flex_attention,
     )
     from .kvcache import attention_with_kvcache
+    from .merge import merge_state, merge_states
     from .reference import reference
     from .rows import Identity, ReLU, Retention, Sigmoid, Softmax, SoftmaxSink
     from .spec import AttentionSpec, OnlineFunc
@@ -37,8 +38,8 @@ __all__ = [
     "AttentionSpec", "AttnEngineError", "AuxOutput", "AuxRequest", "BuildError", "CacheError",
     "Handle", "Identity", "KernelUnavailable", "OnlineFunc", "ReLU", "Retention",
     "RowFunctionError", "Sigmoid", "Softmax", "SoftmaxSink", "Statistics", "TraceError",
-    "attention", "attention_with_kvcache", "compile", "explain", "flex_attention", "reference",
-    "variants",
+    "attention", "attention_with_kvcache", "compile", "explain", "flex_attention", "merge_state",
+    "merge_states", "reference", "variants",
 ]  # fmt: skip
 
 

@@ -25,7 +25,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     ),
     "run": (
         "library", "masks", "memory", "builtin", "target", "dispatch", "exported", "explain", "ops",
-        "backward", "handle", "api", "flash_args", "ops_sequences", "rotary", "kvcache",
+        "backward", "handle", "api", "flash_args", "ops_sequences", "rotary", "kvcache", "merge",
     ),
     "faces": (
         "demo", "prebuild", "kernel_wheel", "prebuild_run", "machine", "doctor", "variant_call",
