@@ -67,9 +67,9 @@ struct Work {
   AE_HD double piece(int64_t n) const { return double(n) * costs.tile + costs.segment; }
 };
 
-// Of outputs of n tiles cut into at most `splits` parts, merged by the combine step.
+// What the combine step merges.
 struct Merging {
-  int64_t parts, deepest;  // in all, of one output
+  int64_t parts, deepest;  // partial results in all, of one output
 
   AE_HD double cost(const Work& w) const {
     return w.costs.combine +
@@ -77,23 +77,30 @@ struct Merging {
   }
 };
 
-// Of every output that has more than one tile in at most `splits` parts.
-AE_HD inline Merging split_merging(const Work& w, int64_t splits) {
-  Merging merging{0, w.longest > 1 ? least(w.longest, splits) : 0};
-  for (int64_t o = 0; o < w.outputs; ++o) {
-    const int64_t parts = least(w.prefix[o + 1] - w.prefix[o], splits);
-    if (parts > 1) merging.parts += parts;
+// Every output in at most `splits` pieces of a tile or more. One that is a piece by itself is no
+// part; one without tiles is a worker's own only where there is no combine step.
+struct Pieces {
+  int64_t count;
+  Merging merging;
+
+  AE_HD Pieces(const Work& w, int64_t splits)
+      : count(w.outputs), merging{0, splits > 1 && w.longest > 1 ? least(w.longest, splits) : 0} {
+    if (splits == 1) return;
+    count = 0;
+    for (int64_t o = 0; o < w.outputs; ++o) {
+      const int64_t parts = least(w.prefix[o + 1] - w.prefix[o], splits);
+      count += parts;
+      if (parts > 1) merging.parts += parts;
+    }
   }
-  return merging;
-}
+};
 
 // List scheduling of the pieces in order, each onto the slot that is free first. Stops beyond
 // `stop`. Of more than `simulated` whole outputs the first are taken as spread evenly; more parts
 // get an upper bound, so that a split is never chosen on a guess.
-AE_HD inline double list_makespan(const Work& w, int64_t splits, double stop, int64_t simulated) {
+AE_HD inline double list_makespan(const Work& w, int64_t splits, int64_t pieces, double stop,
+                                  int64_t simulated) {
   const double write = splits > 1 ? w.costs.part / 2 : 0;
-  // An output without tiles is a worker's own only where there is no combine step.
-  const int64_t pieces = (splits > 1 ? w.live : w.outputs) * splits;
   const int64_t deepest = least(w.longest, splits);
   if (pieces == 0) return 0;
   const int64_t most_tiles = w.longest > 0 ? w.longest / deepest + (w.longest % deepest != 0) : 0;
@@ -150,13 +157,14 @@ AE_HD inline double list_makespan(const Work& w, int64_t splits, double stop, in
 
 AE_HD inline double tiles_cost(const Work& w, double stop = kNever,
                                int64_t simulated = kSimulated) {
-  return list_makespan(w, 1, stop, simulated);
+  return list_makespan(w, 1, w.outputs, stop, simulated);
 }
 
 AE_HD inline double split_cost(const Work& w, int64_t splits, double stop = kNever,
                                int64_t simulated = kSimulated) {
-  const double merge = split_merging(w, splits).cost(w);
-  return list_makespan(w, splits, stop - merge, simulated) + merge;
+  const Pieces pieces(w, splits);
+  const double merge = pieces.merging.cost(w);
+  return list_makespan(w, splits, pieces.count, stop - merge, simulated) + merge;
 }
 
 // Exact; one pass over workers and outputs.
@@ -203,24 +211,26 @@ AE_HD inline double best_stream_k(const Work& w, int64_t* workers) {
   return best;
 }
 
-// Sets `splits`: all that fit one wave of slots, what fills two to four, and powers of two. A
-// number that cannot reach `stop` is not simulated: the work of all over the slots, and the largest
-// piece, bound it.
+// Sets `splits`: all that fit one wave of slots, what fills two to four, what cuts the longest
+// output into a worker's share, its half and its quarter, and powers of two. A number that cannot
+// reach `stop` is not simulated: the work of all over the slots, and the largest piece, bound it.
 AE_HD inline double best_split(const Work& w, double stop, int32_t* splits) {
   double best = kNever;
   int64_t budget = kSearched;
   const double write = w.costs.part / 2, tiles = double(w.tiles) * w.costs.tile;
   const auto attempt = [&](int64_t s) {
-    if (s < 2 || s > kMostSplits || s > w.longest) return;
-    const Merging merging = split_merging(w, s);
-    const double merge = merging.cost(w), parts = double(merging.parts);
-    const double spread = (tiles + parts * (w.costs.segment + write)) / double(w.slots);
+    if (s < 2 || s > kMostSplits || s > w.longest || s == *splits) return;
+    const Pieces pieces(w, s);
+    const double merge = pieces.merging.cost(w);
+    const double spread =
+        (tiles + double(pieces.count) * w.costs.segment + double(pieces.merging.parts) * write) /
+        double(w.slots);
     const double piece = w.piece(w.longest / s + (w.longest % s != 0)) + write;
     const double limit = best < stop ? best : stop;
     double cost = most(spread, piece) + merge;  // at least
     if (cost <= limit) {
-      cost = list_makespan(w, s, limit - merge, budget) + merge;
-      if (w.live * s > w.slots && w.live * s <= budget) budget -= w.live * s;
+      cost = list_makespan(w, s, pieces.count, limit - merge, budget) + merge;
+      if (pieces.count > w.slots && pieces.count <= budget) budget -= pieces.count;
     }
     if (cost < best || (cost == best && s < *splits)) {
       best = cost;
@@ -230,6 +240,10 @@ AE_HD inline double best_split(const Work& w, double stop, int32_t* splits) {
   *splits = 1;
   const int64_t one_wave = least(w.slots / w.live, kMostSplits);
   for (int64_t s = 2; s <= one_wave; ++s) attempt(s);
+  const double shares = double(w.longest) * double(w.slots) / double(w.tiles);
+  for (int64_t finer = 1; finer <= 4; finer *= 2) {
+    if (shares < kMostSplits) attempt(int64_t(shares * double(finer)) + 1);
+  }
   for (int64_t wave = 2; wave <= 4; ++wave) attempt(wave * w.slots / w.live);
   for (int64_t s = 2; s <= kMostSplits; s *= 2) {
     if (s > one_wave) attempt(s);
