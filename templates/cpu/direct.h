@@ -124,19 +124,19 @@ AE_INLINE void store_part(A* to, V x, int i) {
 
 // Rows of keys or values in memory: row j at rows[j] + offset. Where 16 and more follow each other
 // `stride` elements apart they are addressed from the first. While row j is used, the D elements at
-// ahead[j] are fetched.
+// ahead[j] + ahead_offset are fetched.
 template <class E>
 struct MemoryRows {
   const E* const* rows;
   const E* const* ahead;
-  int64_t offset, stride;
+  int64_t offset, ahead_offset, stride;
 };
 
 // Scores of kRows query rows and W / kRows keys, so that a key is loaded once for all these rows
 // and the sums over lanes share their rounds.
 template <class Acc, class M, int D, class E, int kRows, int... J>
 AE_INLINE void direct_block(const M* q, int64_t q_row, const RowAddresses& keys,
-                            const E* const* ahead, Acc* scores, int64_t ld,
+                            const E* const* ahead, int64_t ahead_offset, Acc* scores, int64_t ld,
                             std::integer_sequence<int, J...>) {
   using Step = GemmStep<Acc, M>;
   using V = typename Step::V;
@@ -146,7 +146,7 @@ AE_INLINE void direct_block(const M* q, int64_t q_row, const RowAddresses& keys,
   for (int i = 0; i < W; ++i) sum[i] = V{};
 #pragma GCC unroll 1
   for (int d = 0; d < D; d += kLanes) {
-    if (ahead != nullptr) (__builtin_prefetch(ahead[J] + d, 0, 2), ...);
+    if (ahead != nullptr) (__builtin_prefetch(ahead[J] + ahead_offset + d, 0, 2), ...);
     if constexpr (kRows == 1) {  // sixteen keys beside sixteen sums do not fit in registers
       const V x = load_key<Acc, M>(q + d);
       ((sum[J] = add_key<Acc, M>(sum[J], x, reinterpret_cast<const E*>(keys.at<J>()) + d)), ...);
@@ -176,7 +176,7 @@ AE_INLINE void direct_block(const M* q, int64_t q_row, const RowAddresses& keys,
 // W keys for all rows.
 template <class Acc, class M, int D, class E>
 AE_INLINE void direct_keys(int m, const M* q, int64_t q_row, const E* first, int64_t row_bytes,
-                           const E* const* ahead, Acc* scores, int64_t ld) {
+                           const E* const* ahead, int64_t ahead_offset, Acc* scores, int64_t ld) {
   constexpr int W = Lanes<Acc>::W;
   int i = 0;
   const auto rows = [&]<int kRows>() {
@@ -185,7 +185,7 @@ AE_INLINE void direct_keys(int m, const M* q, int64_t q_row, const E* first, int
       RowAddresses keys(first, row_bytes);
       for (int j = 0; j < W; j += kKeys, keys.skip(kKeys)) {
         direct_block<Acc, M, D, E, kRows>(q + i * q_row, q_row, keys, i == 0 ? ahead + j : nullptr,
-                                          scores + i * ld + j, ld,
+                                          ahead_offset, scores + i * ld + j, ld,
                                           std::make_integer_sequence<int, kKeys>());
       }
     }
@@ -219,7 +219,7 @@ __attribute__((noinline)) void direct_scores(int m, const M* q, int64_t q_row, M
       first = copy, stride = D;
     }
     direct_keys<Acc, M, D, E>(m, q, q_row, first, stride * int64_t(sizeof(E)), k.ahead + j,
-                              scores + j, ld);
+                              k.ahead_offset, scores + j, ld);
   }
 }
 
@@ -277,7 +277,8 @@ AE_INLINE void values_block(int n, const M* weights, int64_t ldw, const MemoryRo
     if constexpr (kFetch) {
 #pragma GCC unroll 8
       for (int c = 0; c < kRegs * W; c += kLine) {
-        for (int i = 0; i < kPair; ++i) __builtin_prefetch(v.ahead[s + i] + column + c, 0, 2);
+        for (int i = 0; i < kPair; ++i)
+          __builtin_prefetch(v.ahead[s + i] + v.ahead_offset + column + c, 0, 2);
       }
     }
     V bv[kRegs];

@@ -329,12 +329,6 @@ class Forward {
     if (!cut_.pack_ahead) {
       keys.k_rows = address(o, p_.k, p_.k_stride, live, next, scratch + at_.k_rows);
       keys.v_rows = address(o, p_.v, p_.v_stride, live, next, scratch + at_.v_rows);
-      if (cut_.heads_together > 1) {
-        const auto k_ahead = (const Elem**)(scratch + at_.k_ahead);
-        const auto v_ahead = (const Elem**)(scratch + at_.v_ahead);
-        order_ahead(o, keys.k_rows + cut_.tile_keys, p_.k_stride[1], k_ahead);
-        order_ahead(o, keys.v_rows + cut_.tile_keys, p_.v_stride[1], v_ahead);
-      }
     }
     for (int64_t i = 0; i < o.heads; ++i) {
       const int64_t head = o.head + i;
@@ -348,13 +342,12 @@ class Forward {
       } else {
         keys.k = (M*)(scratch + Scratch::kK), keys.v = (M*)(scratch + Scratch::kV);
         keys.k_packed = keys.v_packed = false;
-        if (cut_.heads_together > 1) {
-          keys.k_ahead = (const Elem**)(scratch + at_.k_ahead) + i * cut_.tile_keys;
-          keys.v_ahead = (const Elem**)(scratch + at_.v_ahead) + i * cut_.tile_keys;
-        } else {
-          keys.k_ahead = keys.k_rows + cut_.keys_ahead();
-          keys.v_ahead = keys.v_rows + cut_.keys_ahead();
-        }
+        // What is read next: the same keys of the next head, or the keys after these.
+        const bool last = i + 1 == o.heads;
+        const int64_t skip = last ? cut_.keys_ahead() : 0, next_head = last ? o.head : head + 1;
+        keys.k_ahead = keys.k_rows + skip, keys.v_ahead = keys.v_rows + skip;
+        keys.k_ahead_offset = next_head * p_.k_stride[1];
+        keys.v_ahead_offset = next_head * p_.v_stride[1];
       }
       o.each_part(cut_, head, [&](const Tile& tile, int64_t at) {
         add_keys(tile, keys, rows.from(at), query_rows(o, tile, q, at), sums + at * kOutPitch,
@@ -383,15 +376,6 @@ class Forward {
     }
     for (; filled < wanted; ++filled) rows[filled] = rows[filled - 1];
     return rows;
-  }
-
-  // The next tile's rows of all heads as they lie: key after key.
-  void order_ahead(const Output& o, const Elem* const* rows, int64_t head_stride,
-                   const Elem** ahead) const {
-    for (int64_t j = 0; j < cut_.tile_keys; ++j) {
-      const Elem* row = rows[j] + o.head * head_stride;
-      for (int64_t h = 0; h < o.heads; ++h) *ahead++ = row + h * head_stride;
-    }
   }
 
   // The columns of a tile in which some key of these rows may be live.

@@ -39,7 +39,8 @@ struct ForwardKeyTile {
   const Elem *const *k_rows, *const *v_rows;  // null: packed ahead
   const Elem *const *k_ahead, *const *v_ahead;
   int64_t k_offset, v_offset;  // of the head, from the rows' addresses
-  M *k, *v;                    // the packed tiles, or room for them
+  int64_t k_ahead_offset, v_ahead_offset;
+  M *k, *v;  // the packed tiles, or room for them
   bool k_packed, v_packed, bad_v;
 };
 
@@ -95,10 +96,10 @@ class ForwardKeys {
     const int first = columns.begin, ncols = columns.end - columns.begin;
     if constexpr (kDirectK) {
       if (direct(tile, p_.k_stride, rows)) {
-        direct_scores<Acc, M, kD, Elem>(
-            rows, q, Scratch::kQPitch,
-            {tile.k_rows + first, tile.k_ahead + first, tile.k_offset, p_.k_stride[2]}, ncols,
-            scores, kBlockN);
+        direct_scores<Acc, M, kD, Elem>(rows, q, Scratch::kQPitch,
+                                        {tile.k_rows + first, tile.k_ahead + first, tile.k_offset,
+                                         tile.k_ahead_offset, p_.k_stride[2]},
+                                        ncols, scores, kBlockN);
         return;
       }
     }
@@ -116,10 +117,10 @@ class ForwardKeys {
     // Dead keys must not be multiplied, so only a tile without any may be read where it lies.
     if constexpr (kDirectV && !score_can_die<Fn>()) {
       if (tile.full && direct(tile, p_.v_stride, rows)) {
-        direct_values<Acc, M, kDv, Elem>(
-            rows, ncols, weights, kBlockN,
-            {tile.v_rows + first, tile.v_ahead + first, tile.v_offset, p_.v_stride[2]}, out,
-            kOutPitch, factor);
+        direct_values<Acc, M, kDv, Elem>(rows, ncols, weights, kBlockN,
+                                         {tile.v_rows + first, tile.v_ahead + first, tile.v_offset,
+                                          tile.v_ahead_offset, p_.v_stride[2]},
+                                         out, kOutPitch, factor);
         return;
       }
     }

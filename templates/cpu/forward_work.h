@@ -216,7 +216,7 @@ struct ForwardWorkspace {
   // Of a worker's scratch: tiles (ForwardScratch), then what depends on the sizes.
   int64_t runs, row, state, factor, row_alive;  // of its rows
   int64_t q, sums;                              // where they do not fit the tiles' own
-  int64_t k_rows, v_rows, k_ahead, v_ahead;     // addresses of a tile's keys, and of the next one's
+  int64_t k_rows, v_rows;                       // addresses of a tile's keys and of those after
   int64_t worker_bytes;
   // Of the launch.
   int64_t first_output, first_tile;  // of each sequence
@@ -246,11 +246,8 @@ struct ForwardWorkspace {
     sums = rows > Plan::kBlockM ? take(rows * Scratch::kOutPitch * int64_t(sizeof(Acc)))
                                 : Scratch::kOut;
     const int64_t addresses = c.pack_ahead ? 0 : int64_t(sizeof(const Elem*));
-    const int64_t ordered = c.heads_together > 1 ? c.tile_keys * c.heads_together : 0;
     k_rows = take((c.tile_keys + c.keys_ahead()) * addresses);
     v_rows = take((c.tile_keys + c.keys_ahead()) * addresses);
-    k_ahead = take(ordered * addresses);
-    v_ahead = take(ordered * addresses);
     worker_bytes = at;
 
     at = p.threads * worker_bytes;
