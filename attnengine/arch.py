@@ -75,6 +75,7 @@ class CudaArch:
     exp: float  # exp2, reciprocal and their like
     shared_bytes_per_cycle: float
     l2_bytes_per_cycle: float  # its share of what the L2 cache gives
+    dram_bytes_per_cycle: float  # its share of what the memory gives
     shared_bytes: int  # of all its blocks
     shared_bytes_of_block: int
     registers: int  # of all its threads
@@ -83,18 +84,19 @@ class CudaArch:
 
 
 # Sources: CUDA programming guide, tables of compute capabilities 8.x and of arithmetic throughput;
-# the share of the L2 cache is the A100's measured 4.4 TB/s, and the 3090's 2.2 TB/s.
+# the share of the L2 cache is the A100's measured 4.4 TB/s, and the 3090's 2.2 TB/s. Memory: sm_80
+# serves 9.0 too, so the H200's 4.8 TB/s (the A100's 2.0 TB/s is 13), and the 3090's 936 GB/s.
 CUDA: dict[str, CudaArch] = {
     "sm_80": CudaArch(
         "sm_80", "sm_80", tensor_fma=1024.0, fma=64.0, exp=16.0, shared_bytes_per_cycle=128.0,
-        l2_bytes_per_cycle=29.0, shared_bytes=164 << 10, shared_bytes_of_block=163 << 10,
-        registers=65536, threads=2048, schedulers=4,
+        l2_bytes_per_cycle=29.0, dram_bytes_per_cycle=20.0, shared_bytes=164 << 10,
+        shared_bytes_of_block=163 << 10, registers=65536, threads=2048, schedulers=4,
     ),
     # 8.6, 8.9 and 12.x: half the tensor rate with fp32 sums, and less shared memory.
     "sm_86": CudaArch(
         "sm_86", "sm_80", tensor_fma=512.0, fma=128.0, exp=16.0, shared_bytes_per_cycle=128.0,
-        l2_bytes_per_cycle=15.0, shared_bytes=100 << 10, shared_bytes_of_block=99 << 10,
-        registers=65536, threads=1536, schedulers=4,
+        l2_bytes_per_cycle=15.0, dram_bytes_per_cycle=6.5, shared_bytes=100 << 10,
+        shared_bytes_of_block=99 << 10, registers=65536, threads=1536, schedulers=4,
     ),
 }  # fmt: skip
 SHARED_RESERVED = 1 << 10  # bytes of shared memory that the system takes of each block

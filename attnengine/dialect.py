@@ -97,7 +97,7 @@ class Dialect:
     def more_members(self, needs_alive: bool) -> list[str]:
         return []
 
-    def exports(self, kind: str, mask_captures: int) -> list[str]:
+    def exports(self, kind: str, mask_captures: int, plan: Plan) -> list[str]:
         return [f"AE_EXPORT_{kind.upper()}(Plan, Fn)"]
 
     # -- a tile row -----------------------------------------------------------------------------
@@ -229,6 +229,10 @@ class Registers(Dialect):
             "block_m": plan.block_m, "block_n": plan.block_n, "pack_group": plan.pack_group,
             "threads": 32 * plan.warps, "shared_bytes": plan.shared_bytes, "key": key.digest(),
         }  # fmt: skip
+        if plan.sequences:
+            manifest |= {
+                "sequences": True, "slot_bytes": plan.slot_bytes, "tile_cycles": plan.tile_cycles,
+            }  # fmt: skip
         return [
             title(plan, key),
             f"// manifest: {json.dumps(manifest)}",
@@ -248,15 +252,22 @@ class Registers(Dialect):
             f"  static constexpr int kSharedBytes = {plan.shared_bytes};",
             f"  static constexpr bool kPackGroup = {flag(plan.pack_group)};",
             f"  static constexpr bool kHoldQ = {flag(plan.hold_q)};",
+            f"  static constexpr bool kSequences = {flag(plan.sequences)};",
+            f"  static constexpr bool kScheduled = {flag(plan.slot_bytes > 0)};",
+            f"  static constexpr int kSlotBytes = {plan.slot_bytes};",
             "};",
         ]
 
     def more_members(self, needs_alive: bool) -> list[str]:
         return [f"  static constexpr bool kNeedsAlive = {flag(needs_alive)};"]
 
-    def exports(self, kind: str, mask_captures: int) -> list[str]:
-        tables = ["AE_EXPORT_TABLES(Plan, Fn)"] if mask_captures else []
-        return [*super().exports(kind, mask_captures), *tables]
+    def exports(self, kind: str, mask_captures: int, plan: Plan) -> list[str]:
+        more = ["TABLES"] if mask_captures else []
+        more += ["SCHEDULE", "COMBINE"] if plan.slot_bytes else []
+        return [
+            *super().exports(kind, mask_captures, plan),
+            *(f"AE_EXPORT_{name}(Plan, Fn)" for name in more),
+        ]
 
     def open_tile_row(self) -> list[str]:
         return [

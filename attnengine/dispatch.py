@@ -25,7 +25,7 @@ from .capture import Captures, captures_of_spec, stable_text
 from .derive import Derived, derive, derive_quiet
 from .errors import KernelUnavailable, TraceError
 from .ir import DTYPE_NAMES, TORCH_DTYPES
-from .key import KernelKey, backward_key, forward_key
+from .key import Form, KernelKey, backward_key, forward_key
 from .plan import Plan, candidates
 from .source import forward_source
 from .source_backward import backward_source
@@ -36,6 +36,7 @@ from .trace import Traced, trace
 SUPPORTED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CUDA_SUPPORTED = (torch.bfloat16, torch.float16)
 NO_CUDA_GRADIENT = "CUDA kernels have no gradient in this version"
+DENSE = Form()
 MOST_CANDIDATES = 4  # tiles that are compiled before a kernel that spills registers is taken
 _MEMO_VERSION = 1
 
@@ -98,6 +99,8 @@ class Program:
     forward_id: int = -1
     backward_id: int = -1
     loaded: build.DeviceModule | None = None  # a CUDA kernel, once it is loaded
+    form: Form = Form()
+    forms: dict[Form, Program] = field(default_factory=dict)  # the same meaning for other calls
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -110,6 +113,15 @@ class Program:
                 if self.forward_id < 0:
                     self.forward_id = self._load("forward", self.sources.forward)
         return self.forward_id
+
+    def in_form(self, form: Form) -> Program:
+        """The program that serves the calls of ``form``: itself, but for CUDA kernels."""
+        if not self.is_cuda or form == self.form:
+            return self
+        with self.lock:
+            if form not in self.forms:
+                self.forms[form] = _made_form(self, form)
+            return self.forms[form]
 
     def backward(self) -> int:
         if self.backward_id < 0:
@@ -177,7 +189,7 @@ class Program:
         made = build.device_module(self.sources.forward, code, label)
         if made.spill_bytes == 0 or self.sources.candidate > 0:
             return made
-        p = regenerated(serialize.load(self.sources.meaning), self.isa)
+        p = regenerated(serialize.load(self.sources.meaning), self.isa, self.form)
         tried = {_tile(p.forward_plans[0])}
         chosen = self.sources
         for i, plan in enumerate(p.forward_plans):
@@ -254,18 +266,22 @@ def pipeline(
     return clean_thread.run(stages)
 
 
-def regenerated(meaning: serialize.Meaning, isa: str) -> Pipeline:
+def regenerated(meaning: serialize.Meaning, isa: str, form: Form = DENSE) -> Pipeline:
     """Derive, key, plan and source of a program that was read. Raises NotImplementedError."""
     m = meaning
-    return clean_thread.run(lambda: _after_trace(m.traced, m.element, m.head_dim, m.value_dim, isa))
+    return clean_thread.run(
+        lambda: _after_trace(m.traced, m.element, m.head_dim, m.value_dim, isa, form)
+    )
 
 
-def _after_trace(traced: Traced, element: torch.dtype, d: int, dv: int, isa: str) -> Pipeline:
+def _after_trace(
+    traced: Traced, element: torch.dtype, d: int, dv: int, isa: str, form: Form = DENSE
+) -> Pipeline:
     name = DTYPE_NAMES[element]
     meaning = serialize.dump(traced, element, d, dv)
     wanted = [i for i, t in enumerate(traced.captures) if t.requires_grad and t.is_floating_point()]
     if isa in CUDA:
-        return _cuda_pipeline(traced, name, d, dv, isa, meaning)
+        return _cuda_pipeline(traced, name, d, dv, isa, meaning, form)
     derived, quiet, why = None, None, ""
     try:
         derived = derive(traced, wanted)
@@ -291,9 +307,9 @@ def _after_trace(traced: Traced, element: torch.dtype, d: int, dv: int, isa: str
 
 
 def _cuda_pipeline(
-    traced: Traced, element: str, d: int, dv: int, isa: str, meaning: str
+    traced: Traced, element: str, d: int, dv: int, isa: str, meaning: str, form: Form
 ) -> Pipeline:
-    key = forward_key(traced, element, d, dv, ())
+    key = replace(forward_key(traced, element, d, dv, ()), form=form)
     plans = plan_cuda.candidates(key, traced, isa)
     stats = tuple(traced.row.saved)
     sources = Sources(
@@ -304,23 +320,29 @@ def _cuda_pipeline(
 
 
 def program(
-    spec: AttentionSpec, captures: Captures, element: torch.dtype, d: int, dv: int, isa: str
+    spec: AttentionSpec,
+    captures: Captures,
+    element: torch.dtype,
+    d: int,
+    dv: int,
+    isa: str,
+    form: Form = DENSE,
 ) -> Program:
-    """The program of a spec: from memory, from disk, or traced now."""
+    """The program of a spec for the calls of ``form``: from memory, from disk, or traced now."""
     key = (captures.signature, element, d, dv, isa)
     if not captures.opaque:
         found = _programs.get(key)
         if found is not None:
             statistics.from_memory += 1
-            return found
+            return found.in_form(form)
     with _tracing:
         found = None if captures.opaque else _programs.get(key)
         if found is not None:
-            return found
+            return found.in_form(form)
         made = _made(spec, captures, element, d, dv, isa)
         if not captures.opaque:
             _programs[key] = made
-        return made
+        return made.in_form(form)
 
 
 def _made(
@@ -348,6 +370,29 @@ def _made(
     by_position = dict(zip(stages.traced.positions, stages.traced.captures, strict=True))
     extra = tuple(by_position[at] for at in order)
     return Program(label, element, isa, stages.sources, extra, memo=place)
+
+
+def _made_form(base: Program, form: Form) -> Program:
+    """The same program with a kernel for other calls. Nothing is traced: the text says it all."""
+    fields = (base.sources.meaning, base.isa, form)
+    memo = hashlib.sha256(f"{generator()}{stable_text(fields)}".encode()).hexdigest()
+    text = cache.text_get("trace", memo)
+    if text is not None:
+        statistics.from_disk += 1
+        sources = Sources.from_json(text)
+    else:
+        sources = regenerated(serialize.load(base.sources.meaning), base.isa, form).sources
+        cache.text_put("trace", memo, sources.to_json())
+    # Positions count the captured tensors of the spec, which the text does not know.
+    sources = replace(sources, positions=base.sources.positions)
+    return replace(
+        base, name=f"{base.name} {_form_label(form)}", sources=sources, memo=("trace", memo),
+        forward_id=-1, backward_id=-1, loaded=None, form=form, forms={}, lock=threading.Lock(),
+    )  # fmt: skip
+
+
+def _form_label(form: Form) -> str:
+    return f"decode {form.decode_rows} rows" if form.decode_rows else "sequences"
 
 
 _generator_text: str | None = None

@@ -6,11 +6,39 @@ strides or object identities. Two specs that mean the same have equal keys and s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .derive import Derived
 from .ir import Node, digest, inputs_of, text
 from .trace import Traced
+
+
+@dataclass(frozen=True)
+class Form:
+    """Which calls a kernel of one meaning serves, where one kernel for all of them would be slow.
+
+    CPU kernels serve all. ``sequences``: rows and keys of any lengths, packed or in a cache.
+    ``decode_rows`` (with it): tiles of so few rows (16, 32 or 64; the query rows of a group of
+    heads), and work that is split along the keys; 0: tiles for many rows.
+    """
+
+    decode_rows: int = 0
+    sequences: bool = False
+
+    def __post_init__(self) -> None:
+        if self.decode_rows not in DECODE_ROWS or (self.decode_rows and not self.sequences):
+            raise ValueError(
+                f"decode_rows={self.decode_rows}, sequences={self.sequences}: expected 16, 32 or "
+                "64 with sequences=True, or 0"
+            )
+
+    @staticmethod
+    def of_sequences(rows: int) -> Form:
+        """For sequences of at most ``rows`` rows of scores: query rows times heads of a group."""
+        return Form(next((n for n in DECODE_ROWS if n >= max(rows, 1)), 0), True)
+
+
+DECODE_ROWS = (0, 16, 32, 64)
 
 
 @dataclass(frozen=True)
@@ -26,9 +54,10 @@ class KernelKey:
     grads: tuple[int, ...]
     saved_states: tuple[str, ...]  # running states kept for backward
     group_varies: bool  # the mask depends on the head: rows of a tile come from one head
+    form: Form = field(default=Form(), repr=False)
 
     def digest(self) -> str:
-        return digest(repr(self))
+        return digest(repr(self) + (repr(self.form) if self.form != Form() else ""))
 
 
 def _graphs(traced: Traced, extra: dict[str, Node]) -> str:

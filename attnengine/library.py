@@ -61,7 +61,8 @@ class CudaLaunch:
     """How a CUDA kernel is launched: ``threads`` and ``shared_bytes`` of dynamic shared memory per
     thread block, tiles of ``block_m`` rows and ``block_n`` keys; with ``pack_group`` the query
     heads of one key head share a tile of rows; bit i of ``mask_captures`` says that the mask reads
-    captured tensor i.
+    captured tensor i. ``sequences``: it serves sequences of any lengths; ``slot_bytes`` of a part
+    of a result, 0 where keys are never split; ``tile_cycles``, predicted, of a tile of keys.
     """
 
     threads: int
@@ -70,6 +71,9 @@ class CudaLaunch:
     block_n: int
     pack_group: bool
     mask_captures: int
+    sequences: bool = False
+    slot_bytes: int = 0
+    tile_cycles: int = 0
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,7 @@ _CUDA_FIELDS = (
     *("head_dim", "value_dim", "capture_count", "user_stats", "stats", "mask_captures"),
     *("block_m", "block_n", "pack_group", "threads", "shared_bytes"),
 )
+_SEQUENCE_FIELDS = ("sequences", "slot_bytes", "tile_cycles")  # of kernels of sequences alone
 
 
 def load_cuda_kernel(
@@ -140,6 +145,7 @@ def load_cuda_kernel(
     path = os.path.abspath(ptx)
     try:
         numbers = {name: int(manifest[name]) for name in _CUDA_FIELDS}
+        numbers |= {name: int(manifest.get(name, 0)) for name in _SEQUENCE_FIELDS}
         kind, key, target = manifest["kind"], str(manifest["key"]), str(manifest["target"])
         element = manifest["dtype"]
     except KeyError as error:

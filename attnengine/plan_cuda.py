@@ -2,11 +2,14 @@
 
 A candidate is legal where its registers and shared memory fit a block. Its price is the time of an
 SM for 1000 scores: that of the busiest resource, and of the others what its warps cannot hide.
+Where few rows meet many keys (a decode form) the busiest is the memory, and what counts is how many
+bytes are on their way.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 from .arch import CUDA, CUDA_OP_COST, SHARED_RESERVED, CudaArch
@@ -31,18 +34,26 @@ LONG_FUNCTION = 10  # instructions
 STATIC_SHARED = 3 << 10  # bytes of a block besides: classes of tiles, factors of rows, rounded up
 MOST_HELD = 32  # registers of Q as operands: beyond, shared memory is read as fast as it is used
 LIVE_KEYS = 1024  # of a row, for estimates
+DECODE_KEYS = 8192  # of a row in a cache
 LATENCY = 900.0  # cycles from the start of a copy to its end
 # What reading operands costs beyond its bytes: FlashAttention-2 loses 18 to 28 % with 8 warps of 16
 # rows where 4 warps of 32 fit.
 LDMATRIX = 1.2
 MOST_TOGETHER = 3.0  # warps of a scheduler that still hide each other's waiting
+# Bytes that the copies of an SM must have on their way to keep its share of the memory busy: an
+# H200's 36 GB/s for about 1.5 us under load. Smaller GPUs need less.
+IN_FLIGHT = 55 << 10
+TILE_OVERHEAD = 250.0  # cycles: where its keys lie, a barrier, the start of the next copies
 
 
 def candidates(key: KernelKey, traced: Traced, isa: str) -> list[Plan]:
     """Every legal candidate, cheapest first. Raises NotImplementedError where there is none."""
     arch = CUDA[isa]
     _check(key)
-    tiles = list(itertools.product((64, 128), (16, 32, 64, 128), (4, 8), (2, 3, 4)))
+    keys = (16, 32, 64, 128)
+    tiles = list(itertools.product((64, 128), keys, (4, 8), (2, 3, 4)))
+    if key.form.decode_rows:
+        tiles = list(itertools.product((key.form.decode_rows,), keys, (1, 2, 4), (2, 3, 4, 5)))
     out: list[Plan] = []
     # The estimate is on the safe side: where it leaves nothing, the smallest excess may do.
     for most in (MOST_REGISTERS, 255, 275, 300, 350, 400):
@@ -129,6 +140,17 @@ def needs_of(traced: Traced) -> Needs:
     return Needs(1 + len(row.init) + len(fixed), gathers, long)
 
 
+def static_shared(block_n: int, warps: int, sequences: bool) -> int:
+    """Bytes of a block's static shared memory, at most: with sequences each warp has a table of
+    where the keys of a tile lie."""
+    return STATIC_SHARED + (8 * block_n * warps + 256 if sequences else 0)
+
+
+def slot_bytes(dv: int, block_m: int, states: int) -> int:
+    """A partial result (PartialSlot in cuda/combine.cuh): fp32 sums, states, a flag per row."""
+    return 4 * block_m * (_round(dv, 8) + states + 1)
+
+
 def _candidate(
     key: KernelKey,
     traced: Traced,
@@ -148,15 +170,20 @@ def _candidate(
     hold_q = held_registers(d, block_m, warps) <= MOST_HELD
     hold_q = hold_q and registers(d, dv, block_m, block_n, warps, True, needs) <= MOST_REGISTERS
     estimate = registers(d, dv, block_m, block_n, warps, hold_q, needs)
-    if bytes_of_block + STATIC_SHARED > arch.shared_bytes_of_block or estimate > most_registers:
+    sequences, decode = key.form.sequences, key.form.decode_rows > 0
+    fixed = static_shared(block_n, warps, sequences)
+    if bytes_of_block + fixed > arch.shared_bytes_of_block or estimate > most_registers:
         return None
     threads = 32 * warps
     blocks = min(
         arch.registers // (_round(min(estimate, REGISTERS_OF_THREAD), 8) * threads),
-        arch.shared_bytes // (bytes_of_block + STATIC_SHARED + SHARED_RESERVED),
+        arch.shared_bytes // (bytes_of_block + fixed + SHARED_RESERVED),
         arch.threads // threads,
     )
-    cost = _cost(key, traced, arch, block_m, block_n, warps, stages, blocks, hold_q)
+    price = _decode_cost if decode else _cost
+    cost = price(key, traced, arch, block_m, block_n, warps, stages, blocks, hold_q)
+    merges = traced.row.merged is not None
+    slot = slot_bytes(dv, block_m, len(traced.row.init)) if decode and merges else 0
     dp, dvp = _round(d, 16), _round(dv, 16)
     tensors = (
         Tensor("Q", block_m, d, "shared", 2 * block_m * pitch(d)),
@@ -169,7 +196,7 @@ def _candidate(
             4 * block_m * max(1, len(traced.row.init)),
         ),
     )  # fmt: skip
-    reasons = (
+    reasons: tuple[str, ...] = (
         f"{warps} warps of {rows} rows: each reads a tile of K and V of "
         f"{2 * block_n * (dp + dvp)} bytes for itself",
         f"about {estimate} of {REGISTERS_OF_THREAD} registers of a thread, "
@@ -179,11 +206,22 @@ def _candidate(
         "rows of a group share tiles" if not key.group_varies else
         "the mask depends on the head: a tile has rows of one head",
     )  # fmt: skip
+    if decode:
+        flying = blocks * (stages - 1) * 2 * block_n * (dp + dvp)
+        reasons += (
+            f"{flying} bytes of K and V on their way to an SM, {IN_FLIGHT} keep the memory busy",
+            "few outputs or ragged lengths: keys are split and merged, as each launch finds cheaper"
+            if merges else "no merge(): an output's keys are never split",
+        )  # fmt: skip
     return Plan(
         key.kind, f"cuda:{arch.name}", key.element, "f32", key.element, d, dv, block_m, block_n,
-        pack_group=not key.group_varies, split_kv=False, partition="tiles", virtual_workers=0,
+        pack_group=not key.group_varies, split_kv=slot > 0,
+        partition="segments" if slot else "tiles", virtual_workers=0,
         scratch_bytes=0, tensors=tensors, cost=cost, reasons=reasons,
         warps=warps, stages=stages, shared_bytes=bytes_of_block, hold_q=hold_q,
+        sequences=sequences, slot_bytes=slot,
+        # A block has its share of the SM: the price is of all of them together.
+        tile_cycles=math.ceil(cost.total * block_m * block_n / 1000 * blocks) if decode else 0,
     )  # fmt: skip
 
 
@@ -243,6 +281,43 @@ def _cost(
     return DeviceCost(
         tensor * unit, exp * unit, alu * unit, shared * unit, memory * unit, overhead * unit,
         (busy + overhead) * unit,
+    )  # fmt: skip
+
+
+def _decode_cost(
+    key: KernelKey,
+    traced: Traced,
+    arch: CudaArch,
+    block_m: int,
+    block_n: int,
+    warps: int,
+    stages: int,
+    blocks: int,
+    hold_q: bool,
+) -> DeviceCost:
+    d, dv = _round(key.head_dim, 16), _round(key.value_dim, 16)
+    scores = block_m * block_n
+    plain, special = pointwise(traced)
+    # Units of schedulers without a warp stand idle.
+    idle = max(1.0, arch.schedulers / (blocks * warps))
+    tensor = idle * scores * (d + dv) / arch.tensor_fma
+    exp = idle * scores * special / arch.exp
+    alu = idle * (scores * plain + block_m * dv) / arch.fma
+    tile = 2.0 * block_n * (d + dv)
+    shared = (tile * (1 + warps) + (0 if hold_q else 2 * block_m * d)) / arch.shared_bytes_per_cycle
+    shared *= LDMATRIX
+    flying = min(1.0, blocks * (stages - 1) * tile / IN_FLIGHT)
+    memory = tile / (arch.dram_bytes_per_cycle * flying)
+    parts = (tensor, exp, alu, shared)
+    together = min(MOST_TOGETHER, blocks * warps / arch.schedulers)
+    busy = max(parts) + (sum(parts) - max(parts)) / (1 + together)
+    overhead = TILE_OVERHEAD / blocks
+    # A sequence's last tile is half empty on the average.
+    total = (max(memory, busy) + overhead) * (1 + block_n / 2 / DECODE_KEYS)
+    unit = 1000.0 / scores
+    return DeviceCost(
+        tensor * unit, exp * unit, alu * unit, shared * unit, memory * unit, overhead * unit,
+        total * unit,
     )  # fmt: skip
 
 

@@ -127,11 +127,13 @@ def resources(log: str, names: list[str]) -> dict[str, Resources]:
 
 
 def check_entries(names: list[str], manifest: dict[str, Any]) -> None:
-    """The entries are those that the manifest promises: ae_KIND, and ae_tables where the mask reads
-    captured tensors. Raises CompileFailed."""
+    """The entries are those that the manifest promises: ae_KIND, ae_tables where the mask reads
+    captured tensors, ae_schedule and ae_combine where work is split. Raises CompileFailed."""
     expected = {f"ae_{manifest['kind']}"}
     if manifest.get("mask_captures"):
         expected.add("ae_tables")
+    if manifest.get("slot_bytes"):
+        expected |= {"ae_schedule", "ae_combine"}
     if set(names) != expected:
         reason = (
             f"the unit has the entries {', '.join(sorted(names)) or '(none)'}: its manifest "

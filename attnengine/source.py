@@ -100,7 +100,7 @@ def forward_source(traced: Traced, plan: Plan, key: KernelKey, saved_states: Seq
             text = e.expr(value)
             e.line(f"{name} = {text};")
         lines += [*e.lines, "  }"]
-    lines += ["};", "}  // namespace", *words.exports(key.kind, u.mask_captures()), ""]
+    lines += ["};", "}  // namespace", *words.exports(key.kind, u.mask_captures(), plan), ""]
     return "\n".join(lines)
 
 

@@ -16,6 +16,9 @@ typedef struct ae_cuda_info {
   int32_t block_m, block_n;
   int32_t pack_group;      // 1: the query heads of one key head share a tile of rows
   uint64_t mask_captures;  // bit i: the mask reads captured tensor i, so it has a block table
+  int32_t sequences;       // 1: rows and keys are those of ae_params.sequences
+  int32_t slot_bytes;      // of a partial result; 0: an output's keys are never split
+  int32_t tile_cycles;     // predicted: of one tile of keys
 } ae_cuda_info;
 
 #ifdef __cplusplus

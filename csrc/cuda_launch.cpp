@@ -1,13 +1,18 @@
 #include "cuda_launch.h"
 
+#include <algorithm>
 #include <cstring>
 #include <limits>
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "common/abi_cuda.h"
 #include "common/block_tables.h"
+#include "common/policy.h"
+#include "common/sequences.h"
 #include "layout.h"
 #include "message.h"
 
@@ -18,6 +23,12 @@ constexpr int64_t kMaxParamBytes = 32764;  // of a kernel's parameters, from com
 constexpr int64_t kMaxBlocks = std::numeric_limits<int32_t>::max();  // of a grid's x dimension
 constexpr int64_t kTableBlocks = 1 << 16;  // enough for every device; blocks take several units
 constexpr unsigned int kTableThreads = 128;
+constexpr unsigned int kScheduleThreads = 512, kCombineThreads = 128;
+constexpr int64_t kCombineRows = kCombineThreads / 32;  // of a thread block: a warp each
+// In cycles: a segment loads Q and fills its ring before the first product; a part is written to
+// and read from the L2 cache; ae_schedule and ae_combine are two launches more, of 2 to 3 us each.
+constexpr double kSegmentCycles = 2500, kBytesPerCycle = 16, kCombineCycles = 8000;
+constexpr int64_t kAlignment = 64;
 // Results that a call gives when a kernel launched before has failed: AE_CU_LAUNCH_FAILED and its
 // kin, from illegal addresses on.
 constexpr ae_cu_result kFirstFault = 700, kLastFault = AE_CU_LAUNCH_FAILED;
@@ -25,11 +36,42 @@ constexpr ae_cu_result kFirstFault = 700, kLastFault = AE_CU_LAUNCH_FAILED;
 // As laid out by KernelParams<N>; every part is a multiple of 8 bytes.
 constexpr int64_t kCapturesAt = sizeof(ae_params);
 int64_t tables_at(int64_t slots) { return kCapturesAt + slots * int64_t{sizeof(ae_capture)}; }
-int64_t total_bytes(int64_t slots) {
-  return tables_at(slots) + slots * int64_t{sizeof(BlockTable)};
-}
+int64_t work_at(int64_t slots) { return tables_at(slots) + slots * int64_t{sizeof(BlockTable)}; }
+int64_t total_bytes(int64_t slots) { return work_at(slots) + int64_t{sizeof(WorkParams)}; }
 static_assert(sizeof(ae_params) % 8 == 0 && sizeof(ae_capture) % 8 == 0 &&
               sizeof(BlockTable) % 8 == 0 && alignof(ae_params) == 8);
+static_assert(sizeof(KernelParams<1>) ==
+              sizeof(ae_params) + sizeof(ae_capture) + sizeof(BlockTable) + sizeof(WorkParams));
+
+int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+// How far the rows and keys of a launch reach, for tables that the host can read.
+struct SequenceExtents {
+  int64_t q_batches, q_rows, k_batches, k_rows, page_columns = 0;
+
+  explicit SequenceExtents(const ae_params& p)
+      : q_batches(p.B), q_rows(p.L), k_batches(p.B), k_rows(p.S) {
+    const ae_sequences& s = p.sequences;
+    if (s.q_start != nullptr) q_batches = 1, q_rows = 0;
+    if (s.key_start != nullptr || s.key_end != nullptr) k_rows = 0;
+    if (s.pages != nullptr || s.kv_row != nullptr) k_batches = 1;
+    for (int64_t b = 0; b < p.B; ++b) {
+      const Sequence q(p, b);
+      const int64_t last = q.first_key + q.keys;  // position after its keys
+      q_rows = std::max(q_rows, q.first_row + q.rows);
+      if (s.pages == nullptr) {
+        k_rows = std::max(k_rows, last);
+        k_batches = std::max(k_batches, q.kv_row + 1);
+        continue;
+      }
+      k_rows = s.page_size;
+      page_columns = std::max(page_columns, (last + s.page_size - 1) / s.page_size);
+      for (int64_t i = q.first_key / s.page_size; i * s.page_size < last && q.keys > 0; ++i) {
+        k_batches = std::max(k_batches, int64_t{q.pages[i]} + 1);
+      }
+    }
+  }
+};
 
 class Launcher {
  public:
@@ -44,8 +86,7 @@ class Launcher {
         context_(device_) {}
 
   void run(void* workspace) {
-    blocks_ = forward_blocks(kernel_.info(), params_.params());
-    if (params_.table_blocks() > 0) params_.place(workspace);
+    if (params_.workspace_bytes() > 0) params_.place(workspace);
     if (device_.simulated()) {
       run_simulated(workspace);
     } else if (sync_debug.load(std::memory_order_relaxed) && !capturing()) {
@@ -62,8 +103,14 @@ class Launcher {
       launch("ae_tables", functions_.tables, params_.table_blocks(), kTableThreads, 0);
     }
     const ae_cuda_info& info = kernel_.info();
-    launch("ae_forward", functions_.forward, blocks_, static_cast<unsigned int>(info.threads),
-           static_cast<unsigned int>(info.shared_bytes));
+    const bool split = params_.policy() != kTiles;
+    if (split) launch("ae_schedule", functions_.schedule, 1, kScheduleThreads, 0);
+    launch("ae_forward", functions_.forward, params_.forward_blocks(),
+           static_cast<unsigned int>(info.threads), static_cast<unsigned int>(info.shared_bytes));
+    if (split) {
+      launch("ae_combine", functions_.combine, params_.outputs() * (info.block_m / kCombineRows),
+             kCombineThreads, 0);
+    }
   }
 
   void launch(const char* name, ae_cu_function function, int64_t blocks, unsigned int threads,
@@ -136,15 +183,33 @@ class Launcher {
       }
       regions.push_back({data, elements * element_bytes(dtype), writable, name});
     };
-    const int64_t q[4] = {p.B, p.Hq, p.L, info.D}, k[4] = {p.B, p.Hkv, p.S, info.D};
-    const int64_t v[4] = {p.B, p.Hkv, p.S, info.Dv}, out[4] = {p.B, p.Hq, p.L, info.Dv};
+    const SequenceExtents e(p);
+    const int64_t q[4] = {e.q_batches, p.Hq, e.q_rows, info.D};
+    const int64_t k[4] = {e.k_batches, p.Hkv, e.k_rows, info.D};
+    const int64_t v[4] = {e.k_batches, p.Hkv, e.k_rows, info.Dv};
+    const int64_t out[4] = {e.q_batches, p.Hq, e.q_rows, info.Dv};
     add("q", p.q, q, p.q_stride, 4, info.dtype, false);
     add("k", p.k, k, p.k_stride, 4, info.dtype, false);
     add("v", p.v, v, p.v_stride, 4, info.dtype, false);
     add("out", p.out, out, p.out_stride, 4, info.dtype, true);
     if (p.stats != nullptr) {
-      const int64_t size = info.stats * p.B * p.Hq * p.L, stride = 1;
-      add("stats", p.stats, &size, &stride, 1, AE_F32, true);
+      const int64_t size[4] = {info.stats, e.q_batches, p.Hq, e.q_rows};
+      const int64_t stride[4] = {p.stats_stride[0], p.stats_stride[1], p.stats_stride[2], 1};
+      add("stats", p.stats, size, stride, 4, AE_F32, true);
+    }
+    const ae_sequences& s = p.sequences;
+    const std::pair<const char*, const int32_t*> lists[] = {{"q_start", s.q_start},
+                                                            {"q_end", s.q_end},
+                                                            {"key_start", s.key_start},
+                                                            {"key_end", s.key_end},
+                                                            {"kv_row", s.kv_row}};
+    const int64_t one = 1;
+    for (const auto& [name, list] : lists) {
+      if (list != nullptr) add(name, list, &p.B, &one, 1, AE_I32, false);
+    }
+    if (s.pages != nullptr) {
+      const int64_t size[2] = {p.B, e.page_columns}, stride[2] = {s.page_pitch, 1};
+      add("pages", s.pages, size, stride, 2, AE_I32, false);
     }
     for (int32_t i = 0; i < p.capture_count; ++i) {
       const ae_capture& c = params_.capture(i);
@@ -165,7 +230,6 @@ class Launcher {
   CudaParams& params_;
   ae_cu_stream stream_;
   ContextGuard context_;
-  int64_t blocks_ = 0;
 };
 
 }  // namespace
@@ -186,6 +250,7 @@ CudaParams::CudaParams(const ae_params& p, uint64_t mask_captures)
   params->threads = 1;
   auto* captures = ::new (data_ + kCapturesAt) ae_capture[slots_];
   auto* tables = ::new (data_ + tables_at(slots_)) BlockTable[slots_];
+  ::new (data_ + work_at(slots_)) WorkParams;
   std::memset(captures, 0, static_cast<size_t>(bytes_ - kCapturesAt));
   for (int32_t i = 0; i < p.capture_count; ++i) {
     captures[i] = p.captures[i];
@@ -199,7 +264,51 @@ CudaParams::CudaParams(const ae_params& p, uint64_t mask_captures)
   }
 }
 
+void CudaParams::share_work(const CudaKernel& kernel, const CudaFunctions& functions) {
+  const ae_cuda_info& info = kernel.info();
+  const ae_params& p = params();
+  const ae_sequences& s = p.sequences;
+  if (info.sequences == 0 && (s.q_start != nullptr || s.key_start != nullptr ||
+                              s.key_end != nullptr || s.kv_row != nullptr || s.pages != nullptr)) {
+    value_error("kernel=" + std::string(info.info.key) +
+                " takes no sequences; a program's in_form(Form.of_sequences(rows)) does");
+  }
+  outputs_ = forward_blocks_ = ae::forward_blocks(info, p);
+  if (info.slot_bytes == 0) return;
+  const int64_t most_tiles = (p.S + info.block_n - 1) / info.block_n;
+  const int64_t slots = int64_t{functions.blocks} * functions.device->multiprocessors;
+  const PolicyCosts costs = {double(info.tile_cycles), kSegmentCycles,
+                             2 * info.slot_bytes / kBytesPerCycle, kCombineCycles};
+  PolicyChoice choice = choose_policy_bounded(outputs_, most_tiles, slots, true, costs);
+  const ForcedSchedule forced = forced_schedule.load(std::memory_order_relaxed);
+  if (forced.policy >= 0) {
+    choice.policy = forced.policy;
+    choice.splits = forced.policy == kSplit ? forced.splits : 1;
+    choice.workers = forced.workers;
+  }
+  auto& work = *reinterpret_cast<WorkParams*>(data_ + work_at(slots_));
+  work.policy = choice.policy;
+  work.splits = choice.splits;
+  work.outputs = outputs_;
+  work.workers = choice.workers;
+  if (choice.policy == kTiles) return;
+  forward_blocks_ = choice.policy == kSplit ? outputs_ * choice.splits : choice.workers;
+  prefix_at_ = aligned(workspace_bytes_);
+  parts_at_ = aligned(prefix_at_ + (outputs_ + 1) * int64_t{sizeof(int64_t)});
+  workspace_bytes_ = parts_at_ + info.slot_bytes * Schedule::slots(choice.policy, outputs_,
+                                                                   choice.workers, choice.splits);
+}
+
+int32_t CudaParams::policy() const {
+  return reinterpret_cast<const WorkParams*>(data_ + work_at(slots_))->policy;
+}
+
 void CudaParams::place(void* workspace) {
+  if (prefix_at_ >= 0) {
+    auto& work = *reinterpret_cast<WorkParams*>(data_ + work_at(slots_));
+    work.prefix = reinterpret_cast<int64_t*>(static_cast<char*>(workspace) + prefix_at_);
+    work.slots = reinterpret_cast<float*>(static_cast<char*>(workspace) + parts_at_);
+  }
   auto* tables = reinterpret_cast<BlockTable*>(data_ + tables_at(slots_));
   auto* keys = static_cast<char*>(workspace);
   for (int32_t i = 0; i < params().capture_count; ++i) {

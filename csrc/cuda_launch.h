@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "common/schedule.h"
 #include "cuda_module.h"
 
 namespace ae {
@@ -13,8 +14,17 @@ namespace ae {
 // are indices of captured tensors.
 inline std::atomic<bool> sync_debug{false};
 
+// Debugging aid of the tests: how kernels that split their work do it, instead of what is predicted
+// to be fastest. policy < 0: as predicted.
+struct ForcedSchedule {
+  int16_t policy, splits;
+  int32_t workers;
+};
+inline std::atomic<ForcedSchedule> forced_schedule{ForcedSchedule{-1, 1, 1}};
+
 // The parameter of a kernel's entries, KernelParams<N> of templates/common/abi_cuda.h: the common
-// parameters, then the captured tensors, then the block tables of those that the mask reads.
+// parameters, then the captured tensors, then the block tables of those that the mask reads, then
+// how thread blocks share the work.
 class CudaParams {
  public:
   // `p` has its operands, results and captured tensors, and may die afterwards. Throws
@@ -23,9 +33,18 @@ class CudaParams {
   CudaParams(const CudaParams&) = delete;
   CudaParams& operator=(const CudaParams&) = delete;
 
+  // Chooses the schedule of a kernel that splits its work, from the bounds on the lengths alone:
+  // they may lie on the device. Before workspace_bytes() is asked for. Throws std::invalid_argument
+  // when there are more outputs than a grid holds, or sequences where the kernel takes none.
+  void share_work(const CudaKernel& kernel, const CudaFunctions& functions);
+
   int64_t workspace_bytes() const { return workspace_bytes_; }
   int64_t table_blocks() const { return table_blocks_; }  // grid of ae_tables; 0: no tables
-  // Puts the tables into `workspace`, which is aligned to 64 bytes.
+  int32_t policy() const;
+  int64_t forward_blocks() const { return forward_blocks_; }  // once work is shared
+  int64_t outputs() const { return outputs_; }
+  // Puts the tables, the schedule and partial results into `workspace`, which is aligned to 64
+  // bytes.
   void place(void* workspace);
   void set_fault(int32_t* fault);
 
@@ -38,12 +57,15 @@ class CudaParams {
   static constexpr int64_t kInlineBytes = 2048;  // eight captured tensors
 
   int64_t workspace_bytes_ = 0, table_blocks_ = 0, bytes_, slots_;
+  int64_t prefix_at_ = -1, parts_at_ = 0;  // in the workspace; -1: work is not split
+  int64_t outputs_ = 0, forward_blocks_ = 0;
   char* data_;
   std::unique_ptr<char[]> more_;
   alignas(16) char inline_[kInlineBytes];
 };
 
-// Thread blocks of ae_forward. Throws std::invalid_argument when they are more than a grid holds.
+// Tiles of rows, of which each is an output. Throws std::invalid_argument when they are more than a
+// grid holds.
 int64_t forward_blocks(const ae_cuda_info& info, const ae_params& p);
 
 // Runs the kernel on `stream`. `workspace` holds params.workspace_bytes(). Throws

@@ -10,7 +10,7 @@ namespace ae {
 namespace {
 
 constexpr int32_t kDefaultSharedBytes = 48 << 10;  // more needs FuncSetAttribute
-constexpr int32_t kTableThreads = 128;
+constexpr int32_t kTableThreads = 128, kScheduleThreads = 512, kCombineThreads = 128;
 
 std::string sm(int32_t capability) { return "sm_" + std::to_string(capability); }
 
@@ -59,6 +59,7 @@ std::unique_ptr<CudaDevice> describe(const ae_driver& driver, int32_t ordinal) {
   const auto get = [&](int which) { return attribute(driver, ordinal, device->handle, which); };
   device->capability = 10 * get(AE_CU_DEVICE_CAPABILITY_MAJOR) + get(AE_CU_DEVICE_CAPABILITY_MINOR);
   device->shared_optin = get(AE_CU_DEVICE_MAX_SHARED_PER_BLOCK_OPTIN);
+  device->multiprocessors = get(AE_CU_DEVICE_MULTIPROCESSORS);
   device->name = device->simulated() ? "the simulator" : "cuda:" + std::to_string(ordinal);
   return device;
 }
@@ -134,6 +135,9 @@ void check_info(const ae_cuda_info& x, const std::string& path) {
   if (x.block_m < 1) refuse("block_m", x.block_m, "1 or more");
   if (x.block_n < 1) refuse("block_n", x.block_n, "1 or more");
   if (x.info.capture_count < 0) refuse("capture_count", x.info.capture_count, "0 or more");
+  if (x.slot_bytes < 0 || x.slot_bytes % 64 != 0) {
+    refuse("slot_bytes", x.slot_bytes, "a multiple of 64");
+  }
 }
 
 }  // namespace
@@ -227,12 +231,16 @@ const CudaFunctions* CudaKernel::load(const CudaDevice& device, ae_cu_stream str
   }
   const RelaxedCapture relaxed(driver);
   allocate_fault(device, stream);
-  CudaFunctions functions{&device, load_image(device), nullptr, nullptr};
+  CudaFunctions functions{&device, load_image(device), nullptr, nullptr, nullptr, nullptr, 0};
   try {
-    functions.forward =
-        entry(device, functions.module, "ae_forward", info_.threads, info_.shared_bytes);
+    functions.forward = entry(device, functions.module, "ae_forward", info_.threads,
+                              info_.shared_bytes, &functions.blocks);
     if (info_.mask_captures != 0) {
       functions.tables = entry(device, functions.module, "ae_tables", kTableThreads, 0);
+    }
+    if (info_.slot_bytes > 0) {
+      functions.schedule = entry(device, functions.module, "ae_schedule", kScheduleThreads, 0);
+      functions.combine = entry(device, functions.module, "ae_combine", kCombineThreads, 0);
     }
   } catch (...) {
     driver.ModuleUnload(functions.module);
@@ -265,7 +273,7 @@ ae_cu_module CudaKernel::load_image(const CudaDevice& device) const {
 }
 
 ae_cu_function CudaKernel::entry(const CudaDevice& device, ae_cu_module module, const char* name,
-                                 int32_t threads, int32_t shared_bytes) const {
+                                 int32_t threads, int32_t shared_bytes, int32_t* active) const {
   const ae_driver& driver = *device.driver;
   const auto check = [&](const char* call, ae_cu_result error) {
     if (error != AE_CU_SUCCESS) {
@@ -299,6 +307,7 @@ ae_cu_function CudaKernel::entry(const CudaDevice& device, ae_cu_module module, 
                      std::to_string(int64_t{fixed} + shared_bytes) +
                      " bytes of shared memory per thread block; compile the spec on this device");
   }
+  if (active != nullptr) *active = blocks;
   return function;
 }
 

@@ -22,7 +22,8 @@ struct CudaDevice {
   ae_cu_device handle;
   int32_t capability;    // 80 is compute capability 8.0
   int32_t shared_optin;  // most shared memory of one thread block, in bytes
-  std::string name;      // "cuda:0" or "the simulator"
+  int32_t multiprocessors;
+  std::string name;  // "cuda:0" or "the simulator"
 
   // Set before the first kernel is loaded.
   mutable ae_cu_context context = nullptr;  // primary
@@ -55,7 +56,9 @@ struct CudaFunctions {
   const CudaDevice* device;
   ae_cu_module module;
   ae_cu_function forward;
-  ae_cu_function tables;  // null: the mask reads no captured tensor
+  ae_cu_function tables;             // null: the mask reads no captured tensor
+  ae_cu_function schedule, combine;  // null: work is not split
+  int32_t blocks;                    // of `forward`, on a multiprocessor at a time
 };
 
 class CudaKernel {
@@ -75,7 +78,7 @@ class CudaKernel {
   const CudaFunctions* load(const CudaDevice& device, ae_cu_stream stream) const;
   ae_cu_module load_image(const CudaDevice& device) const;
   ae_cu_function entry(const CudaDevice& device, ae_cu_module module, const char* name,
-                       int32_t threads, int32_t shared_bytes) const;
+                       int32_t threads, int32_t shared_bytes, int32_t* blocks = nullptr) const;
   [[noreturn]] void fail(const CudaDevice& device, const std::string& why) const;
 
   std::string key_;

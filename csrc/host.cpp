@@ -122,6 +122,9 @@ int32_t load_cuda_kernel(const std::string& ptx, const std::string& cubin, const
   info.block_n = small("block_n");
   info.pack_group = small("pack_group");
   info.mask_captures = number("mask_captures");
+  info.sequences = small("sequences");
+  info.slot_bytes = small("slot_bytes");
+  info.tile_cycles = small("tile_cycles");
   const Signature signature(captures);
   char error[kErrorBytes];
   int32_t id;
@@ -167,6 +170,9 @@ py::dict kernel_info(int64_t id) {
     launch["block_n"] = cuda->block_n;
     launch["pack_group"] = cuda->pack_group != 0;
     launch["mask_captures"] = cuda->mask_captures;
+    launch["sequences"] = cuda->sequences != 0;
+    launch["slot_bytes"] = cuda->slot_bytes;
+    launch["tile_cycles"] = cuda->tile_cycles;
     d["cuda"] = launch;
   }
   return d;
@@ -316,6 +322,17 @@ PYBIND11_MODULE(_host, m) {
   m.def(
       "set_sync_debug", [](bool on) { api().set_sync_debug(on ? 1 : 0); }, py::arg("on"),
       "Wait for every launch on a CUDA device and raise what went wrong in it.");
+  m.def(
+      "set_schedule_policy",
+      [](int policy, int splits, int64_t workers) {
+        if (policy > 2 || splits < 1 || workers < 1) {
+          throw py::value_error("policy must be at most 2, splits and workers at least 1");
+        }
+        api().set_schedule_policy(policy, splits, workers);
+      },
+      py::arg("policy"), py::arg("splits") = 1, py::arg("workers") = 1,
+      "Debugging aid: CUDA kernels that split their work take 0 (tiles), 1 (split) or 2 "
+      "(stream-K); -1: what is predicted to be fastest.");
   m.def(
       "set_poison", [](bool on) { api().set_poison(on ? 1 : 0); }, py::arg("on"),
       "Fill results and scratch with NaN before each launch (for tests).");

@@ -177,11 +177,17 @@ int32_t device_capability(int32_t index, char* error, int64_t error_bytes) {
 
 void set_sync_debug(int32_t on) { ae::sync_debug.store(on != 0); }
 
+void set_schedule_policy(int32_t policy, int32_t splits, int64_t workers) {
+  ae::forced_schedule.store(
+      {static_cast<int16_t>(policy), static_cast<int16_t>(splits), static_cast<int32_t>(workers)});
+}
+
 constexpr ae_host_api kApi = {
     AE_HOST_API_VERSION, load_kernel,       load_cuda_kernel, kernel_info,
     cuda_info,           kernel_path,       kernel_capture,   classify,
     workspace_bytes,     check_forward,     cpu_isa,          install_driver,
-    driver_name,         device_capability, set_sync_debug,   set_poison};
+    driver_name,         device_capability, set_sync_debug,   set_poison,
+    set_schedule_policy};
 
 }  // namespace
 

@@ -10,7 +10,7 @@
 extern "C" {
 #endif
 
-#define AE_HOST_API_VERSION 4  // bump on any change of ae_host_api
+#define AE_HOST_API_VERSION 5  // bump on any change of ae_host_api
 
 // One tensor argument for the argument checks; `device` is ae::DeviceKind.
 typedef struct ae_host_tensor {
@@ -54,6 +54,8 @@ typedef struct ae_host_api {
   int32_t (*device_capability)(int32_t index, char* error, int64_t error_bytes);
   void (*set_sync_debug)(int32_t on);
   void (*set_poison)(int32_t on);
+  // How CUDA kernels that split their work do it; policy < 0: as predicted to be fastest.
+  void (*set_schedule_policy)(int32_t policy, int32_t splits, int64_t workers);
 } ae_host_api;
 
 __attribute__((visibility("default"))) const ae_host_api* attnengine_host_api(void);

@@ -62,6 +62,7 @@ struct CudaTarget {
 inline void launch_on_device(const CudaKernel& kernel, const CudaTarget& target, const ae_params& p,
                              const TensorView& q) {
   CudaParams params(p, kernel.info().mask_captures);
+  params.share_work(kernel, target.functions);
   Tensor workspace;
   void* memory = nullptr;
   if (const int64_t bytes = params.workspace_bytes(); bytes > 0) {

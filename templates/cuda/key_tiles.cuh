@@ -27,11 +27,140 @@ class KeyTiles {
   static constexpr int kBlockN = Plan::kBlockN;
 
  public:
-  __device__ __forceinline__ KeyTiles(const ae_params& p, const KeyTileClasses& classes)
-      : classes_(classes), tiles_(int((p.S + kBlockN - 1) / kBlockN)) {}
+  __device__ __forceinline__ KeyTiles(int64_t keys, const KeyTileClasses& classes)
+      : classes_(classes), tiles_(int((keys + kBlockN - 1) / kBlockN)) {}
+
+  // Limits it to tiles [begin, end) of those that are not empty.
+  __device__ __forceinline__ void take(int begin, int end) {
+    if constexpr (Fn::kHasMask) {
+      skip(begin);
+      left_ = end - begin;
+    } else {
+      next_ = begin;
+      if (end < tiles_) tiles_ = end;
+    }
+  }
 
   // The next tile in order: the same in every thread.
   __device__ __forceinline__ KeyTile next() {
+    if constexpr (Fn::kHasMask && Plan::kScheduled) {
+      if (left_ == 0) return {-1, true};
+      --left_;
+    }
+    return any_next();
+  }
+
+  // How many tiles of a tile of rows are not empty: all lanes of a warp call it together.
+  template <class Params>
+  __device__ static __forceinline__ int count(const Params& params, const RowTile& rows,
+                                              int64_t keys) {
+    const int tiles = int((keys + kBlockN - 1) / kBlockN);
+    if constexpr (!Fn::kHasMask) {
+      return tiles;
+    } else {
+      const Classifier<Params> classifier(params, rows, keys);
+      const int words = (classifier.entries + 31) / 32;
+      int found = 0;
+      for (int first = 0; first < words; first += 32) {
+        const Vote vote = classifier.vote(first);
+#pragma unroll 1
+        for (int i = 0; i < 32 && first + i < words; ++i) {
+          uint32_t live = 0, full = 0;
+          classifier.word(vote, first, i, live, full);
+          found += tiles_of(live, first + i, tiles, classifier.shift);
+        }
+      }
+      return found;
+    }
+  }
+
+  // Fills `classes` for a tile of rows, with all threads of the block; the caller synchronises.
+  template <class Params>
+  __device__ static __forceinline__ void classify(const Params& params, const RowTile& rows,
+                                                  int64_t keys, KeyTileClasses& classes) {
+    if constexpr (Fn::kHasMask) {
+      const Classifier<Params> classifier(params, rows, keys);
+      const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+      const int words = (classifier.entries + 31) / 32;
+      for (int first = 0; first < words; first += 32) {
+        const Vote vote = classifier.vote(first);
+#pragma unroll 1
+        for (int i = warp; i < 32 && first + i < words; i += Plan::kWarps) {
+          uint32_t live = 0, full = 0;
+          classifier.word(vote, first, i, live, full);
+          if (lane == 0) {
+            classes.live[first + i] = live;
+            classes.full[first + i] = full;
+          }
+        }
+      }
+    }
+  }
+
+ private:
+  // Of 32 words at once: long stretches that are empty or full take one vote for 1024 entries.
+  struct Vote {
+    uint32_t some, all;
+  };
+
+  __device__ static __forceinline__ int shift_of(int tiles) {
+    int shift = 0;
+    while ((tiles - 1) >> shift >= KeyTileClasses::kEntries) ++shift;
+    return shift;
+  }
+
+  // The class of a range of entries for the rows of this thread block.
+  template <class Params>
+  struct Classifier {
+    const IntervalEnv env;
+    int b, q0, q1, h0, h1, tiles, shift, entries;
+
+    __device__ __forceinline__ Classifier(const Params& params, const RowTile& rows, int64_t keys)
+        : env{params.cap, keys, params.p.L, Fn::kMaskCaptures != 0 ? params.tables : nullptr,
+              Fn::kCaptures} {
+      rows.bounds(q0, q1, h0, h1);
+      b = rows.batch;
+      tiles = int((keys + kBlockN - 1) / kBlockN);
+      shift = shift_of(tiles);
+      entries = (tiles + (1 << shift) - 1) >> shift;
+    }
+    __device__ __forceinline__ int32_t operator()(int first, int count) const {
+      if (first >= entries) return AE_TILE_EMPTY;
+      const int end = (first + count) << shift;
+      const int last = end < tiles ? end - 1 : tiles - 1;
+      return tile_class(Fn::classify(env, iv::range(b, b), iv::range(h0, h1), iv::range(q0, q1),
+                                     tile_keys(first << shift, last, env.S, kBlockN)));
+    }
+    // All lanes of a warp vote together.
+    __device__ __forceinline__ Vote vote(int first) const {
+      const int32_t c = (*this)(32 * (first + int(threadIdx.x) % 32), 32);
+      return {__ballot_sync(~0u, c != AE_TILE_EMPTY), __ballot_sync(~0u, c == AE_TILE_FULL)};
+    }
+    // Word first + i.
+    __device__ __forceinline__ void word(Vote vote, int first, int i, uint32_t& live,
+                                         uint32_t& full) const {
+      if ((vote.all >> i & 1) != 0) {
+        live = full = ~0u;
+      } else if ((vote.some >> i & 1) != 0) {
+        const int32_t own = (*this)(32 * (first + i) + int(threadIdx.x) % 32, 1);
+        live = __ballot_sync(~0u, own != AE_TILE_EMPTY);
+        full = __ballot_sync(~0u, own == AE_TILE_FULL);
+      }
+      const int left = entries - 32 * (first + i);
+      const uint32_t exist = left < 32 ? (1u << left) - 1 : ~0u;
+      live &= exist;
+      full &= exist;
+    }
+  };
+
+  // The tiles of the entries `live` of a word: the last entry may stand for fewer than the others.
+  __device__ static __forceinline__ int tiles_of(uint32_t live, int word, int tiles, int shift) {
+    const int last = (tiles - 1) >> shift, found = __popc(live) << shift;
+    const bool short_one = last / 32 == word && (live >> last % 32 & 1) != 0;
+    return short_one ? found - (((last + 1) << shift) - tiles) : found;
+  }
+
+  __device__ __forceinline__ KeyTile any_next() {
     if constexpr (!Fn::kHasMask) {
       return next_ < tiles_ ? KeyTile{next_++, true} : KeyTile{-1, true};
     } else {
@@ -52,75 +181,22 @@ class KeyTiles {
     }
   }
 
-  // Fills `classes` for the rows of this thread block, with all its threads; the caller
-  // synchronises.
-  template <class Params>
-  __device__ static __forceinline__ void classify(const Params& params, KeyTileClasses& classes) {
-    if constexpr (Fn::kHasMask) {
-      const Classifier<Params> classifier(params);
-      const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-      const int words = (classifier.entries + 31) / 32;
-      for (int first = 0; first < words; first += 32) {
-        // 32 words at once: long stretches that are empty or full take one vote for 1024 entries.
-        const int32_t c = classifier(32 * (first + lane), 32);
-        const uint32_t some = __ballot_sync(~0u, c != AE_TILE_EMPTY);
-        const uint32_t all = __ballot_sync(~0u, c == AE_TILE_FULL);
+  // Passes over n tiles that are not empty, from the start.
+  __device__ __forceinline__ void skip(int n) {
+    const int shift = shift_of(tiles_);
+    for (; next_ << shift < tiles_; next_ += 32) {
+      const int found = tiles_of(classes_.live[next_ / 32], next_ / 32, tiles_, shift);
+      if (found > n) break;
+      n -= found;
+    }
 #pragma unroll 1
-        for (int i = warp; i < 32 && first + i < words; i += Plan::kWarps) {
-          uint32_t live = 0, full = 0;
-          if ((all >> i & 1) != 0) {
-            live = full = ~0u;
-          } else if ((some >> i & 1) != 0) {
-            const int32_t own = classifier(32 * (first + i) + lane, 1);
-            live = __ballot_sync(~0u, own != AE_TILE_EMPTY);
-            full = __ballot_sync(~0u, own == AE_TILE_FULL);
-          }
-          if (lane == 0) {
-            const int left = classifier.entries - 32 * (first + i);
-            const uint32_t exist = left < 32 ? (1u << left) - 1 : ~0u;
-            classes.live[first + i] = live & exist;
-            classes.full[first + i] = full & exist;
-          }
-        }
-      }
-    }
+    for (; n > 0; --n) any_next();
   }
-
- private:
-  __device__ static __forceinline__ int shift_of(int tiles) {
-    int shift = 0;
-    while ((tiles - 1) >> shift >= KeyTileClasses::kEntries) ++shift;
-    return shift;
-  }
-
-  // The class of a range of entries for the rows of this thread block.
-  template <class Params>
-  struct Classifier {
-    const IntervalEnv env;
-    int b, q0, q1, h0, h1, tiles, shift, entries;
-
-    __device__ __forceinline__ explicit Classifier(const Params& params)
-        : env{params.cap, params.p.S, params.p.L, Fn::kMaskCaptures != 0 ? params.tables : nullptr,
-              Fn::kCaptures} {
-      const RowTile rows = RowTile::of_block<Plan::kBlockM, Plan::kPackGroup>(params.p);
-      rows.bounds(q0, q1, h0, h1);
-      b = rows.b;
-      tiles = int((params.p.S + kBlockN - 1) / kBlockN);
-      shift = shift_of(tiles);
-      entries = (tiles + (1 << shift) - 1) >> shift;
-    }
-    __device__ __forceinline__ int32_t operator()(int first, int count) const {
-      if (first >= entries) return AE_TILE_EMPTY;
-      const int end = (first + count) << shift;
-      const int last = end < tiles ? end - 1 : tiles - 1;
-      return tile_class(Fn::classify(env, iv::range(b, b), iv::range(h0, h1), iv::range(q0, q1),
-                                     tile_keys(first << shift, last, env.S, kBlockN)));
-    }
-  };
 
   const KeyTileClasses& classes_;
-  const int tiles_;
+  int tiles_;
   int next_ = 0, within_ = 0;
+  int left_ = 0;
   uint32_t live_ = 0, full_ = 0;
 };
 

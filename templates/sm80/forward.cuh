@@ -13,6 +13,10 @@
 // nothing stored in K or V there reaches the result (sm80/nonfinite.cuh). A row that meets no live
 // key gives 0 and the statistics of its initial state.
 //
+// With kSequences, rows and keys are those of ae_params.sequences: packed, in a cache or its pages,
+// of any lengths. With kScheduled a thread block walks its segments (cuda/work.cuh): of an output
+// that it has whole it writes the result, of others partial results, which ae_combine merges.
+//
 // The generated unit defines
 //
 //   struct Plan
@@ -22,12 +26,16 @@
 //     kWarps, kStages           warps split the rows; tiles of K and V in the ring
 //     kPackGroup                the query heads of a kv head share row tiles
 //     kHoldQ                    Q's operands stay in registers, else each tile of keys reads them
+//     kSequences, kScheduled    as above; the second takes the first, and Fn::merge
 //     kSharedBytes              the planned total of dynamic shared memory
+//     kSlotBytes                with kScheduled, of a partial result
 //   struct Fn
 //     kStates, kStats, kUserStats, kCaptures, kMaskCaptures (bits), kHasMask, kHasQMod, kHasKMod,
 //     kHasVMod
 //     Row make_row(env, b, h, q)               what does not depend on the key
 //     init(env, row, float* state)
+//     merge(env, row, const float* a, const float* b, float* merged, float& fa, float& fb)
+//         with kScheduled: the state of two parts, and the factors of their outputs
 //     bool tile_row<kPartial>(env, row, scale, float (&s)[kBlockN / 4], float* state, float&
 //     factor,
 //                             kv0, ncols, mask_full, lane)
@@ -39,11 +47,13 @@
 //     Interval classify(interval_env, b, h, q, k)                                with kHasMask
 //     float q_mod(env, float), k_mod, v_mod                                      with kHas*Mod
 //
-// and ends with AE_EXPORT_FORWARD(Plan, Fn), and AE_EXPORT_TABLES(Plan, Fn) where kMaskCaptures is
-// not 0.
+// and ends with AE_EXPORT_FORWARD(Plan, Fn), AE_EXPORT_TABLES(Plan, Fn) where kMaskCaptures is not
+// 0, and with kScheduled AE_EXPORT_SCHEDULE(Plan, Fn) and AE_EXPORT_COMBINE(Plan, Fn).
 #pragma once
 #include "common/env.h"
 #include "cuda/capture.cuh"
+#include "cuda/combine.cuh"
+#include "cuda/key_rows.cuh"
 #include "cuda/key_tiles.cuh"
 #include "cuda/math.cuh"
 #include "cuda/row_tile.cuh"
@@ -95,12 +105,15 @@ class Forward {
   static_assert(kBlockM % (16 * Plan::kWarps) == 0, "warps split the rows in blocks of 16");
   static_assert(kBlockN % 16 == 0 && kStages >= 2, "a tile of keys is whole steps of 16");
   static_assert(kKeys <= 32, "a thread's keys of a row are the bits of a word");
+  static_assert(Plan::kSequences || !Plan::kScheduled, "a schedule is of sequences");
 
  public:
   // What a block needs of shared memory beside its tiles.
   struct Small {
     KeyTileClasses classes;
     float out_factors[kBlockM];
+    KeyRows<Plan> rows;
+    Walk<Plan::kScheduled> walk;
   };
 
   __device__ __forceinline__ Forward(const Params& params, char* shared, Small& small)
@@ -114,7 +127,33 @@ class Forward {
 
   // Every thread of the block calls it.
   __device__ __forceinline__ void run() {
-    KeyTiles<Plan, Fn>::classify(params_, small_.classes);
+    if constexpr (!Plan::kScheduled) {
+      attend_rows();
+    } else {
+      for (bool first = true;; first = false) {
+        if (threadIdx.x == 0) {
+          if (first) small_.walk.start(params_.work, blockIdx.x);
+          small_.walk.next(params_.work, blockIdx.x, first);
+        }
+        __syncthreads();
+        if (!small_.walk.more) break;
+        attend_rows();
+        __syncthreads();  // nobody reads what the next segment overwrites
+      }
+    }
+  }
+
+ private:
+  // One tile of rows, and all or some of its tiles of keys.
+  __device__ __forceinline__ void attend_rows() {
+    {
+      const RowTile rows = row_tile();
+      if constexpr (Plan::kSequences) {
+        if (rows.count <= 0) return;  // the sequence has fewer rows than the longest
+        keys_ = int(Sequence(p_, rows.b).keys);
+      }
+      KeyTiles<Plan, Fn>::classify(params_, rows, keys(), small_.classes);
+    }
     start();
     __syncthreads();  // the classes are there
 #pragma unroll 1
@@ -132,7 +171,6 @@ class Forward {
     }
   }
 
- private:
   // What a pass over the keys does about Inf and NaN in V (sm80/nonfinite.cuh).
   enum Mode { kFinite, kClear, kAdd };
 
@@ -143,6 +181,7 @@ class Forward {
   Small& small_;
   const int lane_, warp_row_;
   GlobalRows k_, v_;
+  int keys_;  // with kSequences
 
   typename Fn::Row rows_[kRows];
   float state_[kRows][kStates];
@@ -150,7 +189,28 @@ class Forward {
   uint32_t alive_;  // bit r: row r has met a live key
 
   __device__ __forceinline__ RowTile row_tile() const {
-    return RowTile::of_block<kBlockM, Plan::kPackGroup>(p_);
+    unsigned output = blockIdx.x;
+    if constexpr (Plan::kScheduled) output = unsigned(small_.walk.segment.output);
+    return RowTile::of_output<Plan>(p_, output);
+  }
+  __device__ __forceinline__ int64_t keys() const {
+    if constexpr (Plan::kSequences) {
+      return keys_;
+    } else {
+      return p_.S;
+    }
+  }
+  // Whether the tile of rows has some of its keys alone: its result is a part.
+  __device__ __forceinline__ bool is_part() const {
+    if constexpr (Plan::kScheduled) {
+      return small_.walk.segment.slot >= 0;
+    } else {
+      return false;
+    }
+  }
+  template <class P = Plan>
+  __device__ __forceinline__ PartialSlot<P, Fn> slot() const {
+    return {params_.work, small_.walk.segment.slot};
   }
 
   // The number of the thread's row r in the block.
@@ -177,14 +237,19 @@ class Forward {
   __device__ __forceinline__ void start() {
     const RowTile tile = row_tile();
     const auto rows_of = [&](const void* data, const int64_t* stride) {
-      return GlobalRows{
-          static_cast<const uint16_t*>(data) + tile.b * stride[0] + tile.kv_head * stride[1],
-          stride[2], stride[3]};
+      const auto* head = static_cast<const uint16_t*>(data) + tile.kv_head * stride[1];
+      if constexpr (Plan::kSequences) {
+        return GlobalRows{head, stride[2], stride[3]};
+      } else {
+        return GlobalRows{head + tile.b * stride[0], stride[2], stride[3]};
+      }
     };
     k_ = rows_of(p_.k, p_.k_stride);
     v_ = rows_of(p_.v, p_.v_stride);
+    if constexpr (Plan::kSequences) small_.rows.start(p_, tile.b);
     const int64_t* s = p_.q_stride;
-    const uint16_t* base = static_cast<const uint16_t*>(p_.q) + tile.b * s[0];
+    const uint16_t* base =
+        static_cast<const uint16_t*>(p_.q) + tile.b * s[0] + tile.first_row * s[2];
     const bool vectors = GlobalRows{base, s[2], s[3]}.aligned() && s[1] % kChunkElements == 0;
     const auto row = [&](int i) { return base + tile.h(i) * s[1] + tile.q(i) * s[2]; };
     if constexpr (Fn::kHasQMod) {
@@ -196,41 +261,58 @@ class Forward {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int i = row_of(r) < tile.count ? row_of(r) : tile.count - 1;
-      rows_[r] = Fn::make_row(env_, tile.b, tile.h(i), tile.q(i));
+      rows_[r] = Fn::make_row(env_, tile.batch, tile.h(i), tile.query(i));
     }
   }
 
   __device__ __forceinline__ int keys_in(int tile) const {
-    const int64_t left = p_.S - int64_t(tile) * kBlockN;
+    const int64_t left = keys() - int64_t(tile) * kBlockN;
     return int(left < kBlockN ? left : kBlockN);
   }
 
   // Starts copying a tile of K and V into a slot of the ring.
   __device__ __forceinline__ void fill_slot(int tile, int slot) const {
     const int count = keys_in(tile);
-    const int64_t first = int64_t(tile) * kBlockN;
     char* k = shared_ + Shared::kK + slot * KTile::kBytes;
     char* v = shared_ + Shared::kV + slot * VTile::kBytes;
-    const uint16_t *k_first = k_.row(first), *v_first = v_.row(first);
-    const auto k_row = [&](int i) { return k_first + i * k_.row_stride; };
-    const auto v_row = [&](int i) { return v_first + i * v_.row_stride; };
+    if constexpr (Plan::kSequences) {
+      small_.rows.locate(p_.sequences, tile * kBlockN, keys_);
+      const auto k_row = [&](int i) { return small_.rows.row(k_, p_.k_stride[0], i); };
+      const auto v_row = [&](int i) { return small_.rows.row(v_, p_.v_stride[0], i); };
+      copy(k, v, count, k_.aligned() && p_.k_stride[0] % kChunkElements == 0,
+           v_.aligned() && p_.v_stride[0] % kChunkElements == 0, k_row, v_row);
+    } else {
+      const int64_t first = int64_t(tile) * kBlockN;
+      const uint16_t *k_first = k_.row(first), *v_first = v_.row(first);
+      const auto k_row = [&](int i) { return k_first + i * k_.row_stride; };
+      const auto v_row = [&](int i) { return v_first + i * v_.row_stride; };
+      copy(k, v, count, k_.aligned(), v_.aligned(), k_row, v_row);
+    }
+  }
+
+  template <class KRow, class VRow>
+  __device__ __forceinline__ void copy(char* k, char* v, int count, bool k_vectors, bool v_vectors,
+                                       const KRow& k_row, const VRow& v_row) const {
     if constexpr (Fn::kHasKMod) {
-      fill<KTile, Elem, kThreads>(k, count, k_.column_stride, k_.aligned(), k_row,
+      fill<KTile, Elem, kThreads>(k, count, k_.column_stride, k_vectors, k_row,
                                   mod([&](float x) { return Fn::k_mod(env_, x); }));
     } else {
-      fill<KTile, Elem, kThreads>(k, count, k_.column_stride, k_.aligned(), k_row, NoMod{});
+      fill<KTile, Elem, kThreads>(k, count, k_.column_stride, k_vectors, k_row, NoMod{});
     }
     if constexpr (Fn::kHasVMod) {
-      fill<VTile, Elem, kThreads>(v, count, v_.column_stride, v_.aligned(), v_row,
+      fill<VTile, Elem, kThreads>(v, count, v_.column_stride, v_vectors, v_row,
                                   mod([&](float x) { return Fn::v_mod(env_, x); }));
     } else {
-      fill<VTile, Elem, kThreads>(v, count, v_.column_stride, v_.aligned(), v_row, NoMod{});
+      fill<VTile, Elem, kThreads>(v, count, v_.column_stride, v_vectors, v_row, NoMod{});
     }
   }
 
   // ---- one pass over the keys ----
   __device__ __forceinline__ void pass(Mode mode) {
-    KeyTiles<Plan, Fn> tiles(p_, small_.classes);
+    KeyTiles<Plan, Fn> tiles(keys(), small_.classes);
+    if constexpr (Plan::kScheduled) {
+      tiles.take(int(small_.walk.segment.begin), int(small_.walk.segment.end));
+    }
     KeyTile ahead[kStages - 1];  // the tiles in the ring, the next one first
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) {
@@ -379,8 +461,11 @@ class Forward {
   // ---- results ----
   __device__ __forceinline__ void store() {
     const RowTile tile = row_tile();
+    if constexpr (Plan::kScheduled) {
+      if (is_part()) return store_part(tile.count);
+    }
     const int64_t* s = p_.out_stride;
-    uint16_t* base = static_cast<uint16_t*>(p_.out) + tile.b * s[0];
+    uint16_t* base = static_cast<uint16_t*>(p_.out) + tile.b * s[0] + tile.first_row * s[2];
     const bool vectors = GlobalRows{base, s[2], s[3]}.aligned() && s[1] % kChunkElements == 0;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -397,10 +482,33 @@ class Forward {
       store_row<Elem, Plan::kDv>(base + h * s[1] + q * s[2], s[3], vectors, exists, o_[r], lane_);
       if (p_.stats != nullptr && exists && lane_ % 4 == 0) {
         const int64_t* step = p_.stats_stride;
-        float* to = static_cast<float*>(p_.stats) + tile.b * step[1] + h * step[2] + q;
+        float* to =
+            static_cast<float*>(p_.stats) + tile.b * step[1] + h * step[2] + tile.first_row + q;
 #pragma unroll
         for (int n = 0; n < Fn::kStats; ++n) to[n * step[0]] = stats[n];
       }
+    }
+  }
+
+  // Sums that are not normalised, and states: what ae_combine merges.
+  __device__ __forceinline__ void store_part(int count) {
+    const auto part = slot();
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int row = row_of(r);
+      if (row >= count) continue;
+      const bool alive = (alive_ >> r & 1) != 0;
+      float* to = part.out(row) + lane_ % 4 * 2;
+#pragma unroll
+      for (int c = 0; c < kSums; c += 2) {
+        if (4 * c >= part.kPitch) break;
+        *reinterpret_cast<float2*>(to + 4 * c) =
+            alive ? make_float2(o_[r][c], o_[r][c + 1]) : make_float2(0.0f, 0.0f);
+      }
+      if (lane_ % 4 != 0) continue;
+#pragma unroll
+      for (int n = 0; n < Fn::kStates; ++n) part.states(row)[n] = state_[r][n];
+      part.alive(row) = alive ? 1.0f : 0.0f;
     }
   }
 
@@ -412,8 +520,14 @@ class Forward {
     const int64_t* s = p_.out_stride;
     const auto add = [&](int row, int column, float x) {
       if (row >= tile.count || column >= Plan::kDv) return;
+      if constexpr (Plan::kScheduled) {
+        if (is_part()) {
+          slot().out(row)[column] += x;
+          return;
+        }
+      }
       uint16_t* out = static_cast<uint16_t*>(p_.out) + tile.b * s[0] + tile.h(row) * s[1] +
-                      tile.q(row) * s[2] + column * s[3];
+                      (tile.first_row + tile.q(row)) * s[2] + column * s[3];
       *out = narrow<Elem>(widen<Elem>(*out) + x * small_.out_factors[row]);
     };
     each_nonfinite<VTile, Elem, kBlockM, kThreads, KTile::kBytes>(

@@ -121,6 +121,7 @@ void test_launch(const Images& images) {
   Example x;
   {
     ae::CudaParams params(x.p, info.mask_captures);
+    params.share_work(kernel, functions);
     CHECK(params.workspace_bytes() == 0);  // the table is too short to be worth one
     ae::launch_cuda(kernel, functions, params, nullptr, stream);
   }
@@ -138,6 +139,7 @@ void test_launch(const Images& images) {
 
   x.captures[0].size[0] = 128;
   ae::CudaParams params(x.p, info.mask_captures);
+  params.share_work(kernel, functions);
   std::vector<char> workspace(static_cast<size_t>(params.workspace_bytes()));
   CHECK(!workspace.empty());
   ae::launch_cuda(kernel, functions, params, workspace.data(), stream);
@@ -159,9 +161,58 @@ void test_faults_of_earlier_kernels(const Images& images) {
   const ae::CudaKernel kernel(description(), images.ptx(), images.cubin());
   const ae::CudaFunctions& functions = kernel.on(driver, 0, nullptr);
   ae::CudaParams params(sizes(1, 1, 1, 1, 1), 0);
+  params.share_work(kernel, functions);
   state.fails["LaunchKernelEx"] = AE_CU_LAUNCH_FAILED;
   const auto launch = [&] { ae::launch_cuda(kernel, functions, params, nullptr, nullptr); };
   CHECK(has(text_of<std::runtime_error>(launch), "(CUDA driver error 719); this or an earlier"));
+}
+
+// A kernel that splits its work: three launches, and scratch for the schedule and the parts.
+void test_split_work(const Images& images) {
+  const ae_driver& driver = fresh_driver(recording::simulator);
+  ae_cuda_info info = description();
+  info.sequences = 1, info.slot_bytes = 1024, info.tile_cycles = 4000, info.pack_group = 1;
+  const ae::CudaKernel kernel(info, images.ptx(), images.cubin());
+  const ae::CudaFunctions& functions = kernel.on(driver, 0, nullptr);
+  state.param_bytes = sizeof(ae::KernelParams<1>);
+  const int64_t slots = functions.blocks * 108;
+  const ae_params few = sizes(3, 8, 2, 1, 32 * 1000);
+  const auto work_of = [&](const ae_params& p, std::vector<char>& workspace) {
+    ae::CudaParams params(p, 0);
+    params.share_work(kernel, functions);
+    workspace.resize(static_cast<size_t>(params.workspace_bytes()));
+    state.launches.clear();
+    ae::launch_cuda(kernel, functions, params, workspace.data(), nullptr);
+    ae::KernelParams<1> got;
+    std::memcpy(&got, state.launches[0].params.data(), sizeof(got));
+    return got.work;
+  };
+  std::vector<char> workspace;
+  ae::WorkParams work = work_of(few, workspace);
+  CHECK(work.policy == ae::kStreamK && work.outputs == 6 && work.workers == slots);
+  CHECK(state.launches.size() == 3 && state.launches[0].function == "ae_schedule");
+  CHECK(state.launches[1].config.grid_x == slots && state.launches[2].function == "ae_combine");
+  CHECK(state.launches[2].config.grid_x == 6 * 16 && state.launches[2].config.block_x == 128);
+  CHECK(static_cast<void*>(work.prefix) == workspace.data());
+  CHECK(reinterpret_cast<char*>(work.slots) == workspace.data() + 64);
+  CHECK(workspace.size() == 64 + 2 * static_cast<size_t>(slots) * 1024);
+  work = work_of(sizes(1000, 8, 2, 1, 32 * 100), workspace);  // enough outputs: nothing is split
+  CHECK(work.policy == ae::kTiles && workspace.empty() && state.launches.size() == 1);
+  CHECK(state.launches[0].config.grid_x == 2000);
+  ae::forced_schedule = {ae::kSplit, 3, 1};
+  work = work_of(few, workspace);
+  CHECK(work.policy == ae::kSplit && work.splits == 3);
+  CHECK(state.launches[1].config.grid_x == 18 && workspace.size() == 64 + 18 * 1024);
+  ae::forced_schedule = {-1, 1, 1};
+
+  const int32_t ends[3] = {1, 2, 3};
+  ae_params p = few;
+  p.sequences.key_end = ends;
+  info.sequences = info.slot_bytes = 0;
+  const ae::CudaKernel dense(info, images.ptx(), images.cubin());
+  ae::CudaParams params(p, 0);
+  CHECK(has(text_of<std::invalid_argument>([&] { params.share_work(dense, functions); }),
+            "takes no sequences"));
 }
 
 void test_synchronous_launch(const Images& images) {
@@ -172,6 +223,7 @@ void test_synchronous_launch(const Images& images) {
   const ae::CudaFunctions& functions = kernel.on(driver, 0, nullptr);
   Example x;
   ae::CudaParams params(x.p, 0);
+  params.share_work(kernel, functions);
   const auto launch = [&] { ae::launch_cuda(kernel, functions, params, nullptr, nullptr); };
   state.fault = 1;
   launch();  // nobody looks
@@ -197,11 +249,13 @@ void test_simulated_launch(const Images& images) {
   x.captures[0].size[0] = 0;
   {
     ae::CudaParams empty(x.p, 1);
+    empty.share_work(kernel, functions);
     ae::launch_cuda(kernel, functions, empty, nullptr, nullptr);
     CHECK(state.regions.count("captures[0]") == 0 && state.regions.count("workspace") == 0);
   }
   x.captures[0].size[0] = 128;
   ae::CudaParams params(x.p, 1);
+  params.share_work(kernel, functions);
   std::vector<char> workspace(static_cast<size_t>(params.workspace_bytes()));
   const auto launch = [&] {
     ae::launch_cuda(kernel, functions, params, workspace.data(), nullptr);
@@ -242,6 +296,7 @@ int main() {
   test_grid();
   test_launch(images);
   test_faults_of_earlier_kernels(images);
+  test_split_work(images);
   test_synchronous_launch(images);
   test_simulated_launch(images);
   return CHECK_RESULT();

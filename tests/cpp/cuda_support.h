@@ -8,6 +8,7 @@
 #include <fstream>
 #include <string>
 
+#include "common/sequences.h"
 #include "cuda_module.h"
 #include "recording_driver.h"
 
@@ -75,6 +76,7 @@ inline ae_params sizes(int64_t B, int64_t Hq, int64_t Hkv, int64_t L, int64_t S)
   p.abi_version = AE_ABI_VERSION;
   p.bytes = sizeof(p);
   p.B = B, p.Hq = Hq, p.Hkv = Hkv, p.L = L, p.S = S;
+  ae::set_dense_stats(p);
   return p;
 }
 

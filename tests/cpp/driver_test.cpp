@@ -113,6 +113,7 @@ void test_two_devices(const Images& images) {
   CHECK((state.images == std::vector<std::string>{kPtx, kCubin}));
   CHECK((state.image_devices == std::vector<int>{1, 0}));
   ae::CudaParams params(sizes(1, 1, 1, 1, 1), 0);
+  params.share_work(kernel, first);
   ae::launch_cuda(kernel, second, params, nullptr, nullptr);
   ae::launch_cuda(kernel, first, params, nullptr, nullptr);
   CHECK(state.launches[0].device == 1 && state.launches[1].device == 0 && state.current == 0);

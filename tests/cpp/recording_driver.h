@@ -58,9 +58,15 @@ inline ae_cu_context context_of(int device) {
 inline int device_of(ae_cu_context context) {
   return context == nullptr ? -1 : int(reinterpret_cast<uintptr_t>(context)) - 1;
 }
-// A function is 1 (ae_forward) or 2 (ae_tables).
+// A function is its place here.
+constexpr const char* kEntries[] = {"", "ae_forward", "ae_tables", "ae_schedule", "ae_combine"};
 inline const char* name_of(ae_cu_function function) {
-  return reinterpret_cast<uintptr_t>(function) == 1 ? "ae_forward" : "ae_tables";
+  return kEntries[reinterpret_cast<uintptr_t>(function)];
+}
+inline ae_cu_function function_of(const char* name) {
+  uintptr_t i = 1;
+  while (std::strcmp(kEntries[i], name) != 0) ++i;
+  return reinterpret_cast<ae_cu_function>(i);
 }
 
 inline const ae_driver table = {
@@ -83,6 +89,7 @@ inline const ae_driver table = {
           const int capability = state.capabilities[size_t(device)];
           *value = attribute == AE_CU_DEVICE_CAPABILITY_MAJOR   ? capability / 10
                    : attribute == AE_CU_DEVICE_CAPABILITY_MINOR ? capability % 10
+                   : attribute == AE_CU_DEVICE_MULTIPROCESSORS  ? 108
                                                                 : state.shared_optin;
           return 0;
         },
@@ -126,8 +133,7 @@ inline const ae_driver table = {
     .ModuleGetFunction = [](ae_cu_function* function, ae_cu_module,
                             const char* name) -> ae_cu_result {
       if (state.missing_entry == name) return AE_CU_NOT_FOUND;
-      *function =
-          reinterpret_cast<ae_cu_function>(uintptr_t(std::strcmp(name, "ae_forward") == 0 ? 1 : 2));
+      *function = function_of(name);
       return 0;
     },
     .FuncGetAttribute =

@@ -10,6 +10,9 @@ struct Plan {
   static constexpr int kSharedBytes = 15360;
   static constexpr bool kPackGroup = true;
   static constexpr bool kHoldQ = true;
+  static constexpr bool kSequences = false;
+  static constexpr bool kScheduled = false;
+  static constexpr int kSlotBytes = 0;
 };
 struct Fn {
   static constexpr int kCaptures = 2;
