@@ -1,5 +1,6 @@
 """`python -m bench cpu`: time attnengine against its peers on this machine.
 `python -m bench report`: write the report from the recorded run again.
+`python -m bench schedule`: the model of how decode work is cut among the SMs of a GPU.
 
 Exit status of cpu: 0 when every row was measured, whatever the verdicts; 1 when a case failed
 (outputs disagreed, a dtype is not supported) or, with --strict, when a bar was missed.
@@ -17,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from . import attention, calls, decode, memory, peaks, record, report, siblings, startup
+from . import attention, calls, decode, memory, peaks, record, report, schedule, siblings, startup
 from .cases import GROUPS
 from .session import Session
 
@@ -89,11 +90,17 @@ def main() -> int:
     )
     again = targets.add_parser("report", help="write the report from a recorded run")
     again.add_argument("--out", type=Path, default=record.RESULTS, help="folder of cpu.json")
+    model = targets.add_parser("schedule", help="how decode work is cut among SMs: a model")
+    model.add_argument("--out", type=Path, default=record.RESULTS, help="folder of schedule.json")
     args = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 150)
     if args.target == "cpu":
         return cpu(args, console)
-    for path in report.write(args.out, record.load(args.out / "cpu.json")):
+    if args.target == "schedule":
+        written = schedule.run(args.out, console)
+    else:
+        written = report.write(args.out, record.load(args.out / "cpu.json"))
+    for path in written:
         console.print(f"wrote {path}")
     return 0
 

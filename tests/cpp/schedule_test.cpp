@@ -169,7 +169,7 @@ int main() {
   CHECK(ae::choose_policy_bounded(8, 1024, 132, true, costs).policy == ae::kStreamK);
   CHECK(ae::choose_policy_bounded(8, 1024, 132, true, costs).workers == 132);
   CHECK(ae::choose_policy_bounded(8, 1024, 132, false, costs).policy == ae::kTiles);
-  CHECK(ae::choose_policy_bounded(8 * 132, 1024, 132, true, costs).policy == ae::kTiles);
+  CHECK(ae::choose_policy_bounded(32 * 132, 1024, 132, true, costs).policy == ae::kTiles);
   CHECK(ae::choose_policy_bounded(8, 2, 132, true, costs).policy == ae::kTiles);
   return CHECK_RESULT();
 }

@@ -24,7 +24,8 @@ STAGES: dict[str, tuple[str, ...]] = {
         "compiler", "cutlass", "nvcc", "ptx", "staging", "build",
     ),
     "run": (
-        "library", "masks", "memory", "builtin", "target", "dispatch", "exported", "explain", "ops",
+        "library", "schedule", "masks", "memory", "builtin", "target", "dispatch", "exported",
+        "explain", "ops",
         "backward", "handle", "api", "flash_args", "ops_sequences", "rotary", "kvcache", "merge",
     ),
     "faces": (
