@@ -97,6 +97,7 @@ setup(
             [
                 "csrc/ops.cpp",
                 "csrc/ops_sequences.cpp",
+                "csrc/backward_sequences.cpp",
                 "csrc/merge_state.cpp",
                 "csrc/registry.cpp",
                 "csrc/host_api.cpp",

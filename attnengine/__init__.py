@@ -29,6 +29,7 @@ try:
     from .reference import reference
     from .rows import Identity, ReLU, Retention, Sigmoid, Softmax, SoftmaxSink
     from .spec import AttentionSpec, OnlineFunc
+    from .varlen import attention_varlen
 except (ImportError, OSError) as error:  # torch, or the operator library: doctor must still run
     _broken = error
 
@@ -38,8 +39,8 @@ __all__ = [
     "AttentionSpec", "AttnEngineError", "AuxOutput", "AuxRequest", "BuildError", "CacheError",
     "Handle", "Identity", "KernelUnavailable", "OnlineFunc", "ReLU", "Retention",
     "RowFunctionError", "Sigmoid", "Softmax", "SoftmaxSink", "Statistics", "TraceError",
-    "attention", "attention_with_kvcache", "compile", "explain", "flex_attention", "merge_state",
-    "merge_states", "reference", "variants",
+    "attention", "attention_varlen", "attention_with_kvcache", "compile", "explain",
+    "flex_attention", "merge_state", "merge_states", "reference", "variants",
 ]  # fmt: skip
 
 

@@ -26,7 +26,8 @@ STAGES: dict[str, tuple[str, ...]] = {
     "run": (
         "library", "schedule", "masks", "memory", "builtin", "target", "dispatch", "exported",
         "explain", "ops",
-        "backward", "handle", "api", "flash_args", "ops_sequences", "rotary", "kvcache", "merge",
+        "backward", "handle", "api", "flash_args", "ops_sequences", "ops_sequences_backward",
+        "rotary", "kvcache", "varlen", "merge",
     ),
     "faces": (
         "demo", "prebuild", "kernel_wheel", "prebuild_run", "machine", "doctor", "variant_call",
