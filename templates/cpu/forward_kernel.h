@@ -1,5 +1,6 @@
 // The forward kernel itself; forward.h tells what it computes and what Plan and Fn must hold.
 #pragma once
+#include "common/policy.h"
 #include "common/segments.h"
 #include "cpu/diagonal.h"
 #include "cpu/forward_keys.h"
@@ -151,18 +152,30 @@ class Forward {
     auto* prefix = (int64_t*)(base_ + at_.prefix);
     auto* runs_here = (ae_run*)(base_ + at_.runs);  // the first worker's
     prefix[0] = 0;
-    int64_t most = 0;
     for (int64_t o = 0; o < at_.outputs; ++o) {
-      const Output output_rows = output_of(o);
-      const int64_t n = runs_of(output_rows, runs_here);
-      int64_t tiles = 0;
-      for (int64_t i = 0; i < n; ++i) tiles += runs_here[i].end - runs_here[i].begin;
-      prefix[o + 1] = prefix[o] + tiles;
-      most = tiles > most ? tiles : most;
+      const int64_t n = runs_of(output_of(o), runs_here);
+      prefix[o + 1] = prefix[o];
+      for (int64_t i = 0; i < n; ++i) prefix[o + 1] += runs_here[i].end - runs_here[i].begin;
     }
-    // Whole outputs where the longest is no more than a worker's fair share and a half.
-    if (2 * most * Plan::kVirtualWorkers <= 3 * prefix[at_.outputs]) return;
-    schedule_ = Schedule::make(kStreamK, at_.outputs, prefix, Plan::kVirtualWorkers, 1);
+    const PolicyChoice choice =
+        choose_policy(at_.outputs, prefix, Plan::kVirtualWorkers, kCanSplit, costs());
+    if (choice.policy == kTiles) return;
+    const bool room = choice.policy == kStreamK ||
+                      Schedule::slots(kSplit, at_.outputs, 0, choice.splits) <= at_.slots;
+    schedule_ = Schedule::make(room ? choice.policy : kStreamK, at_.outputs, prefix,
+                               Plan::kVirtualWorkers, choice.splits);
+  }
+
+  // Cycles of a core, for the choice of a policy: what the tile of an output reads at 5 bytes a
+  // cycle (18 GB/s), or its products, if they take longer; packing Q and finishing rows; a partial
+  // result written and read; the second start of the pool.
+  PolicyCosts costs() const {
+    constexpr double kBytes = 5, kProducts = 2 * L::W * GemmStep<Acc, M>::kPair;
+    const double rows = double(at_.rows), pairs = double(cut_.tile_keys * cut_.heads_together);
+    const double read = pairs * (kD + kDv) * sizeof(Elem) / kBytes;
+    const double multiply = rows * double(cut_.tile_keys) * (kD + kDv) / kProducts;
+    const double part = rows * kOutPitch * sizeof(Acc) * 2 / kBytes;
+    return {read > multiply ? read : multiply, 1000 + rows * 60, part, 15000};
   }
 
   // Sequence b with first[b] <= i < first[b + 1].

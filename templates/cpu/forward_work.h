@@ -225,7 +225,7 @@ struct ForwardWorkspace {
   int64_t out, out_state, alive;     // partial results, by slot
   int64_t tables;                    // of the mask's captured tensors, and of diagonals
   int64_t bytes;
-  int64_t outputs, rows;
+  int64_t outputs, rows, slots;
   bool may_split;
 
   ForwardWorkspace(const ForwardCut<Plan>& c, bool can_split, int64_t table_bytes) {
@@ -267,10 +267,10 @@ struct ForwardWorkspace {
     k = take(packed * Scratch::kKTile * int64_t(sizeof(M)));
     v = take(packed * Scratch::kVTile * int64_t(sizeof(M)));
     bad = take(packed);
-    const int64_t parts = may_split ? Schedule::slots(kStreamK, 0, Plan::kVirtualWorkers, 1) : 0;
-    out = take(parts * rows * Scratch::kOutPitch * int64_t(sizeof(Acc)));
-    out_state = take(parts * rows * kStateBytes);
-    alive = take(parts * rows);
+    slots = may_split ? Schedule::slots(kStreamK, outputs, Plan::kVirtualWorkers, 1) : 0;
+    out = take(slots * rows * Scratch::kOutPitch * int64_t(sizeof(Acc)));
+    out_state = take(slots * rows * kStateBytes);
+    alive = take(slots * rows);
     tables = take(table_bytes);
     bytes = at + kCacheLine;  // room to align the base
   }
