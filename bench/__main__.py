@@ -18,12 +18,26 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from . import attention, calls, decode, memory, peaks, record, report, schedule, siblings, startup
+from . import (
+    attention,
+    calls,
+    decode,
+    memory,
+    peaks,
+    record,
+    report,
+    schedule,
+    serving,
+    siblings,
+    startup,
+)
 from .cases import GROUPS
 from .session import Session
 
-MEASURES = (attention, siblings, decode, memory, calls, startup)
-ALL_GROUPS = (*GROUPS, "windows", "rows", "bias", "decode", "memory", "calls", "startup")
+MEASURES = (attention, siblings, decode, serving, memory, calls, startup)
+ALL_GROUPS = (
+    *GROUPS, "windows", "rows", "bias", "decode", "serving", "memory", "calls", "startup",
+)  # fmt: skip
 
 
 def cpu(args: argparse.Namespace, console: Console) -> int:

@@ -20,6 +20,7 @@ GROUP_TITLES = {
     "rows": "Row functions against the built-in softmax",
     "bias": "Learnable biases, forward and backward",
     "decode": "Decode: one query, streaming K and V",
+    "serving": "Decode over KV caches: batches, ragged lengths, pages, MLA",
     "memory": "Memory of forward and backward",
     "calls": "Cost of a call",
     "startup": "First result",
