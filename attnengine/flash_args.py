@@ -6,7 +6,7 @@ that ``q_idx`` of a sequence's last row is the index of its last key.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,6 +22,10 @@ from .variants import causal_mask
 PLAIN = AttentionSpec()
 NO_WINDOW = (-1, -1)
 
+COLD = (
+    "attnengine: inside torch.compile this call needs a prepared kernel; make one call of the same "
+    "kind (spec or flash-attn arguments, dtype, head dims, device) outside before"
+)
 _KEPT = 256  # specs: a model has one per layer where slopes are a layer's own
 _specs: OrderedDict[tuple, tuple[AttentionSpec, Any]] = OrderedDict()
 
@@ -40,7 +44,8 @@ def flash_spec(
     row's position that it meets, -1 for all. softcap: above 0, scores become
     softcap * tanh(score / softcap), before ALiBi. alibi_slopes: [H] or [B, H] floating; score -
     slope * abs(q_idx - kv_idx). softmax_scale: None is 1/sqrt(D). Raises TypeError or ValueError
-    for an argument of the wrong kind, and for any of them beside a spec.
+    for an argument of the wrong kind and for any of them beside a spec, RuntimeError for arguments
+    that are new inside torch.compile.
     """
     if spec is not None:
         return _alone(spec, causal, window_size, softcap, alibi_slopes, softmax_scale)
@@ -62,6 +67,8 @@ def flash_spec(
     slopes = None if alibi_slopes is None else id(alibi_slopes)
     key = (left, right, cap, slopes, scale)
     found = _specs.get(key)
+    if found is None and torch.compiler.is_dynamo_compiling():
+        raise RuntimeError(COLD)
     if found is None:  # holds the slopes, so that their id stays theirs
         found = _specs[key] = _made(left, right, cap, alibi_slopes, scale), alibi_slopes
         if len(_specs) > _KEPT:
@@ -99,7 +106,7 @@ def _window(window: Any) -> tuple[int, int]:
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}={value!r}: expected a number")
-    if not math.isfinite(value):
+    if not abs(value) <= sys.float_info.max:  # isfinite, which Dynamo cannot trace
         raise ValueError(f"{name}={value!r}: expected a finite number")
     return float(value)
 

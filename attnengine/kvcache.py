@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import api, dispatch, exported, ops, ops_sequences
-from .flash_args import NO_WINDOW, flash_spec
+from .flash_args import COLD, NO_WINDOW, flash_spec
 from .handle import Handle, autocast_operands
 from .rotary import rotate
 from .spec import AttentionSpec
@@ -168,13 +168,15 @@ def _traced_handle(q: Any, k_cache: Any, v_cache: Any, spec: AttentionSpec) -> H
     if _is_exporting() and not _is_dynamo_compiling():
         _check_operands(q, k_cache, v_cache, False)
         return api._exported(q, k_cache, v_cache, spec)
-    handle = spec.__dict__.get("_handle")
-    if handle is None:
-        raise RuntimeError(
-            "attnengine.attention_with_kvcache inside torch.compile needs a prepared kernel: make "
-            "one call of the same kind (spec or flash-attn arguments, dtype, head dims) outside"
-        )
-    return handle
+    for handle in spec.__dict__.get("_handles", {}).values():
+        if (
+            handle.program.element == q.dtype
+            and handle.head_dim == q.shape[3]
+            and handle.value_dim == v_cache.shape[3]
+            and handle.program.is_cuda == q.is_cuda
+        ):
+            return handle
+    raise RuntimeError(COLD)
 
 
 def _traced(handle: Handle, operands: tuple, tables: tuple) -> tuple[Tensor, Tensor]:
@@ -243,7 +245,6 @@ def _check_operands(q: Any, k_cache: Any, v_cache: Any, paged: bool) -> None:
         if x.dim() != 4:
             layout = "[B, Lq, Hq, D]" if x is q else "[rows or pages, S or page_size, Hkv, D]"
             raise ValueError(f"{name} must be 4-D {layout}, got shape {tuple(x.shape)}")
-    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in named)
     if not q.device == k_cache.device == v_cache.device:
         raise ValueError(
             f"q, k_cache and v_cache must be on one device, got {q.device}, {k_cache.device}, "
@@ -256,9 +257,15 @@ def _check_operands(q: Any, k_cache: Any, v_cache: Any, paged: bool) -> None:
             "torch.float16: cast with .to()"
         )
     if q.shape[3] != k_cache.shape[3]:
-        raise ValueError(f"q and k_cache must have one head_dim (the last dimension); got {shapes}")
+        raise ValueError(
+            f"k_cache has head_dim {k_cache.shape[3]} and q has {q.shape[3]} (q {tuple(q.shape)}, "
+            f"k_cache {tuple(k_cache.shape)}); the last dimensions must agree"
+        )
     if k_cache.shape[:3] != v_cache.shape[:3]:
-        raise ValueError(f"k_cache and v_cache must agree in all but the last size; got {shapes}")
+        raise ValueError(
+            f"k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)} must agree in all "
+            "but the last size"
+        )
     if k_cache.shape[2] == 0 or q.shape[2] % k_cache.shape[2]:
         raise ValueError(
             f"q has {q.shape[2]} heads, which is not a multiple of the {k_cache.shape[2]} of the "
@@ -306,6 +313,9 @@ def _new_keys(
 
 
 def _write(k_cache: Tensor, v_cache: Tensor, *arguments: Any) -> None:
+    if _is_compiling():
+        torch.ops.attnengine.append_kv(k_cache, v_cache, *arguments)
+        return
     try:
         _append(k_cache, v_cache, *arguments)
     except (ValueError, RuntimeError) as error:
