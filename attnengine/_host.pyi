@@ -21,6 +21,14 @@ def kernel_info(kernel: int) -> dict[str, object]: ...
 def classify(
     kernel: int, sizes: Sequence[int], captures: Sequence[_Capture], b: int, h: int
 ) -> bytes: ...
+def describe_cut(
+    kernel: int,
+    sizes: Sequence[int],
+    captures: Sequence[_Capture],
+    k_stride: Sequence[int],
+    v_stride: Sequence[int],
+    lengths: Sequence[int],
+) -> dict[str, object]: ...
 def workspace_bytes(
     kernel: int,
     sizes: Sequence[int],

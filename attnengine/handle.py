@@ -16,6 +16,7 @@ from .explain import describe
 from .masks import TileTable, tile_table
 from .memory import Memory, memory_of
 from .plan import Plan
+from .schedule import Schedule, kernel_schedule
 from .spec import AttentionSpec
 
 _is_compiling = torch.compiler.is_compiling
@@ -239,6 +240,30 @@ class Handle:
         return tile_table(
             self.program.forward(), self.tensors, self.plan.block_m, self.plan.block_n,
             self.plan.pack_group, (B, *heads, L, S), b, h,
+        )  # fmt: skip
+
+    def schedule(
+        self,
+        lengths: Sequence[int],
+        *,
+        heads: tuple[int, int] = (1, 1),
+        rows: int = 1,
+        layout: str = "BSHD",
+    ) -> Schedule:
+        """How the CPU kernel shares the work of a call on a cache, and why; printable.
+
+        Args:
+            lengths: keys of each sequence.
+            heads: (Hq, Hkv).
+            rows: query rows of each sequence, at the end of its keys.
+            layout: of the cache: "BSHD" as in :func:`attnengine.attention_with_kvcache`, or "BHSD".
+
+        Raises:
+            ValueError: a CUDA kernel, whose schedule is made on the device.
+        """
+        return kernel_schedule(
+            self.program.forward(), self.tensors, lengths, heads, rows, layout,
+            self.plan.split_kv,
         )  # fmt: skip
 
     def memory(

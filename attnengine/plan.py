@@ -226,8 +226,9 @@ def _candidate(
         f"{multiply} products, {block_m // MICRO_ROWS} blocks of {MICRO_ROWS} rows",
         "rows of a group share tiles" if not key.group_varies else
         "the mask depends on the head: a tile has rows of one head",
-        ("few tasks: KV is split and merged" if merge else
-         "no merge(): KV is never split") if not backward else
+        (f"few or uneven outputs: {VIRTUAL_WORKERS} virtual workers share their keys and the parts "
+         "are merged; each call chooses the policy (handle.schedule prints it)"
+         if merge else "no merge(): an output's keys are never split") if not backward else
         "KV chunks rotate over row chunks; sums have one order",
         f"{len(kept.tables)} values and {len(kept.sums)} gradients depend on kv_idx - q_idx alone: "
         "once per diagonal, not per pair" if kept.tables or kept.sums else
@@ -237,7 +238,7 @@ def _candidate(
         key.kind, f"cpu:{arch.isa}", key.element, accumulator, multiply, d, dv, block_m, block_n,
         pack_group=not key.group_varies,
         split_kv=merge and not backward,
-        partition="split-kv" if merge and not backward else "tiles",
+        partition="segments" if merge and not backward else "tiles",
         virtual_workers=VIRTUAL_WORKERS,
         scratch_bytes=scratch_bytes(key.kind, d, dv, block_m, block_n, acc, lanes, dot),
         tensors=tensors, cost=cost, reasons=reasons,

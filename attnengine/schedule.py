@@ -11,8 +11,9 @@ from dataclasses import astuple, dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from .library import host
+from .library import DTYPE_CODES, host, kernel_info
 
 POLICIES = ("tiles", "split", "stream-K")  # of SchedulePolicy, in its order
 MOST_SPLITS = 128
@@ -65,6 +66,7 @@ class Schedule:
     can_merge: bool
     costs: PolicyCosts
     choice: PolicyChoice
+    of: str = ""  #: what an output and a tile are, where a kernel said it
 
     @property
     def outputs(self) -> int:
@@ -92,6 +94,8 @@ class Schedule:
             f"{self.outputs} outputs of {tiles.min()} to {tiles.max()} tiles, "
             f"{self.prefix[-1]} in all, {self.slots} workers at a time"
         )
+        if self.of:
+            head = f"{self.of}\n{head}"
         if not self.can_merge:
             return f"{head}\n  tiles: the row function has no merge, so outputs stay whole"
         if not self.ideal:
@@ -224,3 +228,34 @@ def schedule(
     prefix = np.concatenate([np.zeros(1, np.int64), np.cumsum(tiles)])
     choice = choose(prefix, slots, costs, can_merge)
     return Schedule(tuple(prefix.tolist()), slots, can_merge, costs, choice)
+
+
+def kernel_schedule(
+    kernel: int,
+    captures: Sequence[torch.Tensor],
+    lengths: Sequence[int],
+    heads: tuple[int, int],
+    rows: int,
+    layout: str,
+    can_merge: bool,
+) -> Schedule:
+    """What a CPU kernel does with ``rows`` queries on caches of these lengths (Handle.schedule)."""
+    if layout not in ("BSHD", "BHSD"):
+        raise ValueError(f"layout={layout!r}: 'BSHD' or 'BHSD'")
+    info, (hq, hkv), most = kernel_info(kernel), heads, max(lengths, default=0)
+    strides = [
+        (most * hkv * d, d, hkv * d, 1) if layout == "BSHD" else (most * hkv * d, most * d, d, 1)
+        for d in (info.D, info.Dv)
+    ]
+    tensors = [(0, tuple(t.shape), t.stride(), DTYPE_CODES[t.dtype]) for t in captures]
+    sizes = (len(lengths), hq, hkv, rows, most)
+    cut = host.describe_cut(kernel, sizes, tensors, *strides, list(lengths))
+    costs, slots, prefix = PolicyCosts(*cut["costs"]), cut["workers"], tuple(cut["prefix"])
+    outputs = len(prefix) - 1
+    if cut["may_split"] or not can_merge:
+        choice = choose(prefix, slots, costs, can_merge)
+    else:  # so many that the longest is a small part of the whole
+        choice = PolicyChoice("tiles", 1, outputs, (cost("tiles", prefix, slots, costs),) * 3)
+    each = "head" if cut["kv_heads"] == 1 else f"{cut['kv_heads']} heads"
+    of = f"an output: {cut['rows']} rows of {each} of K and V; a tile: {cut['tile_keys']} keys"
+    return Schedule(prefix, slots, can_merge, costs, choice, of)

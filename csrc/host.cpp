@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <map>
 #include <optional>
@@ -235,6 +236,42 @@ py::bytes classify(int64_t id, const std::array<int64_t, 5>& sizes,
   return py::bytes(reinterpret_cast<const char*>(runs.data()), runs.size() * sizeof(ae_row_run));
 }
 
+// How a call on a cache is cut: sizes (B, Hq, Hkv, L, S), strides of k and v, keys of each
+// sequence.
+py::dict describe_cut(int64_t id, const std::array<int64_t, 5>& sizes,
+                      const std::vector<CaptureArg>& captures,
+                      const std::array<int64_t, 4>& k_stride,
+                      const std::array<int64_t, 4>& v_stride, const std::vector<int32_t>& lengths) {
+  SizesOnly only(sizes, captures);
+  if (static_cast<int64_t>(lengths.size()) != only.p.B) {
+    throw py::value_error("lengths must hold one number per sequence");
+  }
+  std::copy(k_stride.begin(), k_stride.end(), only.p.k_stride);
+  std::copy(v_stride.begin(), v_stride.end(), only.p.v_stride);
+  only.p.sequences.key_end = lengths.data();
+  only.p.sequences.align_end = 1;
+  char error[kErrorBytes];
+  ae_cut cut{};
+  std::vector<int64_t> prefix;
+  for (;;) {
+    if (api().describe_cut(id, &only.p, &cut, prefix.data(), static_cast<int64_t>(prefix.size()),
+                           error, kErrorBytes) < 0) {
+      throw py::value_error(error);
+    }
+    if (static_cast<int64_t>(prefix.size()) > cut.outputs) break;
+    prefix.resize(static_cast<size_t>(cut.outputs + 1));
+  }
+  py::dict d;
+  d["rows"] = cut.rows;
+  d["kv_heads"] = cut.kv_heads;
+  d["tile_keys"] = cut.tile_keys;
+  d["workers"] = cut.workers;
+  d["may_split"] = cut.may_split != 0;
+  d["costs"] = py::make_tuple(cut.costs[0], cut.costs[1], cut.costs[2], cut.costs[3]);
+  d["prefix"] = prefix;
+  return d;
+}
+
 int64_t workspace_bytes(int64_t id, const std::array<int64_t, 5>& sizes, bool shared_keys,
                         const std::vector<CaptureArg>& captures, int32_t threads) {
   SizesOnly only(sizes, captures);
@@ -306,6 +343,9 @@ PYBIND11_MODULE(_host, m) {
         "Runs of KV tiles, the bytes of int32 [runs, 4] (row, begin, end, class); sizes = (B, Hq, "
         "Hkv, L, "
         "S).");
+  m.def("describe_cut", &describe_cut, py::arg("kernel"), py::arg("sizes"), py::arg("captures"),
+        py::arg("k_stride"), py::arg("v_stride"), py::arg("lengths"),
+        "How a CPU kernel cuts a call on caches of these lengths.");
   m.def("workspace_bytes", &workspace_bytes, py::arg("kernel"), py::arg("sizes"),
         py::arg("shared_keys"), py::arg("captures"), py::arg("threads"),
         "Scratch of one launch in bytes; sizes = (B, Hq, Hkv, L, S), shared_keys: the whole batch "

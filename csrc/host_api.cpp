@@ -113,6 +113,20 @@ int64_t classify(int64_t id, const ae_params* params, int64_t b, int64_t h, ae_r
   });
 }
 
+int32_t describe_cut(int64_t id, const ae_params* params, ae_cut* cut, int64_t* prefix,
+                     int64_t capacity, char* error, int64_t error_bytes) {
+  return guarded<int32_t>(error, error_bytes, [&]() -> int32_t {
+    const ae::Kernel& kernel = kernel_of(id);
+    if (kernel.describe_cut == nullptr) {
+      ae::value_error("kernel=" + std::to_string(id) +
+                      " does not say how its work is cut; forward kernels of the CPU do");
+    }
+    ae::check_capture_count(kernel.info, params->capture_count);
+    if (kernel.describe_cut(params, cut, prefix, capacity) == 0) throw std::bad_alloc();
+    return 0;
+  });
+}
+
 int64_t workspace_bytes(int64_t id, const ae_params* params, char* error, int64_t error_bytes) {
   return guarded<int64_t>(error, error_bytes, [&]() -> int64_t {
     const ae::Kernel& kernel = kernel_of(id);
@@ -183,11 +197,10 @@ void set_schedule_policy(int32_t policy, int32_t splits, int64_t workers) {
 }
 
 constexpr ae_host_api kApi = {
-    AE_HOST_API_VERSION, load_kernel,       load_cuda_kernel, kernel_info,
-    cuda_info,           kernel_path,       kernel_capture,   classify,
-    workspace_bytes,     check_forward,     cpu_isa,          install_driver,
-    driver_name,         device_capability, set_sync_debug,   set_poison,
-    set_schedule_policy};
+    AE_HOST_API_VERSION, load_kernel,    load_cuda_kernel,   kernel_info, cuda_info,
+    kernel_path,         kernel_capture, describe_cut,       classify,    workspace_bytes,
+    check_forward,       cpu_isa,        install_driver,     driver_name, device_capability,
+    set_sync_debug,      set_poison,     set_schedule_policy};
 
 }  // namespace
 

@@ -10,7 +10,7 @@
 extern "C" {
 #endif
 
-#define AE_HOST_API_VERSION 5  // bump on any change of ae_host_api
+#define AE_HOST_API_VERSION 6  // bump on any change of ae_host_api
 
 // One tensor argument for the argument checks; `device` is ae::DeviceKind.
 typedef struct ae_host_tensor {
@@ -37,6 +37,9 @@ typedef struct ae_host_api {
   const char* (*kernel_path)(int64_t id);
   // Rank and ae_dtype that captured tensor `index` was declared with; 0 when nothing was declared.
   int32_t (*kernel_capture)(int64_t id, int32_t index, int32_t* rank, int32_t* dtype);
+  // As ae_describe_cut; -1: an error.
+  int32_t (*describe_cut)(int64_t id, const ae_params* params, ae_cut* cut, int64_t* prefix,
+                          int64_t capacity, char* error, int64_t error_bytes);
   // The number of runs (as in ae_classify).
   int64_t (*classify)(int64_t id, const ae_params* params, int64_t b, int64_t h, ae_row_run* out,
                       int64_t capacity, char* error, int64_t error_bytes);

@@ -66,6 +66,7 @@ std::unique_ptr<Kernel> open_module(const std::string& path) {
     kernel->workspace_bytes = symbol<ae_workspace_fn>(handle, path, "ae_workspace_bytes");
     kernel->launch = symbol<ae_launch_fn>(handle, path, "ae_launch");
     kernel->classify = reinterpret_cast<ae_classify_fn>(dlsym(handle, "ae_classify"));
+    kernel->describe_cut = reinterpret_cast<ae_describe_cut_fn>(dlsym(handle, "ae_describe_cut"));
     return kernel;
   } catch (...) {
     dlclose(handle);

@@ -22,7 +22,8 @@ struct Kernel {
   // A shared object for the CPU; null in CUDA kernels.
   ae_workspace_fn workspace_bytes = nullptr;
   ae_launch_fn launch = nullptr;
-  ae_classify_fn classify = nullptr;       // null in backward modules too
+  ae_classify_fn classify = nullptr;  // null in backward modules too
+  ae_describe_cut_fn describe_cut = nullptr;
   std::unique_ptr<const CudaKernel> cuda;  // null in CPU kernels
   std::vector<CaptureSignature> captures;
   bool has_signature = false;  // else captured tensors are not checked against it

@@ -121,17 +121,32 @@ typedef struct ae_row_run {
   int32_t row, begin, end, tile_class;
 } ae_row_run;
 
+// How a forward launch shares its work: what introspection returns beside the tiles of keys.
+typedef struct ae_cut {
+  int64_t outputs;    // sets of rows that walk the keys together
+  int64_t rows;       // of an output, at most
+  int64_t kv_heads;   // of an output, at most
+  int64_t tile_keys;  // keys of a tile
+  int32_t workers;    // that the line of tiles is cut for
+  int32_t may_split;  // 0: every output is whole
+  double costs[4];    // PolicyCosts of common/policy.h, in cycles
+} ae_cut;
+
 // A kernel module exports exactly these symbols (forward and backward modules alike; ae_classify
-// only in forward modules):
+// and ae_describe_cut only in forward modules):
 //   const ae_module_info* ae_info(void);
 //   int64_t ae_workspace_bytes(const ae_params*);             // depends on sizes and threads only
 //   int32_t ae_launch(const ae_params*, void* workspace, ae_parallel_for);  // 0 = ok
 //   int64_t ae_classify(const ae_params*, int64_t b, int64_t h, ae_row_run* out,
 //                       int64_t capacity);  // the runs of all rows of tiles of query head h:
 //                       their number; the first `capacity` are stored
+//   int32_t ae_describe_cut(const ae_params*, ae_cut* cut, int64_t* prefix, int64_t capacity);
+//                       how the launch is cut; prefix[o]: the tiles of outputs before o, stored
+//                       where capacity > outputs
 typedef const ae_module_info* (*ae_info_fn)(void);
 typedef int64_t (*ae_workspace_fn)(const ae_params*);
 typedef int32_t (*ae_launch_fn)(const ae_params*, void*, ae_parallel_for);
+typedef int32_t (*ae_describe_cut_fn)(const ae_params*, ae_cut*, int64_t*, int64_t);
 typedef int64_t (*ae_classify_fn)(const ae_params*, int64_t, int64_t, ae_row_run*, int64_t);
 
 #ifdef __cplusplus

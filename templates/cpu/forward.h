@@ -108,4 +108,8 @@ int64_t forward_classify(const ae_params* p, int64_t b, int64_t h, ae_row_run* o
   AE_EXPORT int64_t ae_classify(const ae_params* p, int64_t b, int64_t h, ae_row_run* out,         \
                                 int64_t capacity) {                                                \
     return ae::forward_classify<Plan, Fn>(p, b, h, out, capacity);                                 \
+  }                                                                                                \
+  AE_EXPORT int32_t ae_describe_cut(const ae_params* p, ae_cut* cut, int64_t* prefix,              \
+                                    int64_t capacity) {                                            \
+    return ae::Forward<Plan, Fn>::describe(*p, *cut, prefix, capacity);                            \
   }

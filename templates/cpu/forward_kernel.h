@@ -63,6 +63,16 @@ class Forward {
     }
   }
 
+  // Introspection: how run() shares the work. False: no memory.
+  static bool describe(const ae_params& p, ae_cut& cut, int64_t* prefix, int64_t capacity) {
+    const auto bytes = uint64_t(workspace_bytes(p));
+    void* memory = __builtin_malloc(bytes);
+    if (memory == nullptr) return false;
+    Forward(p, memory).describe_cut(cut, prefix, capacity);
+    __builtin_free(memory);
+    return true;
+  }
+
   // The indices of some rows, as the user's functions see them.
   struct Box {
     Interval b, h, q;
@@ -150,6 +160,17 @@ class Forward {
     schedule_ = Schedule{kTiles, 1, at_.outputs, at_.outputs, nullptr, 0, 0};
     if (!at_.may_split) return;
     auto* prefix = (int64_t*)(base_ + at_.prefix);
+    count_tiles(prefix);
+    const PolicyChoice choice =
+        choose_policy(at_.outputs, prefix, Plan::kVirtualWorkers, kCanSplit, costs());
+    if (choice.policy == kTiles) return;
+    const bool room = choice.policy == kStreamK ||
+                      Schedule::slots(kSplit, at_.outputs, 0, choice.splits) <= at_.slots;
+    schedule_ = Schedule::make(room ? choice.policy : kStreamK, at_.outputs, prefix,
+                               choice.policy == kStreamK ? choice.workers : Plan::kVirtualWorkers,
+                               choice.splits);
+  }
+  void count_tiles(int64_t* prefix) const {
     auto* runs_here = (ae_run*)(base_ + at_.runs);  // the first worker's
     prefix[0] = 0;
     for (int64_t o = 0; o < at_.outputs; ++o) {
@@ -157,13 +178,22 @@ class Forward {
       prefix[o + 1] = prefix[o];
       for (int64_t i = 0; i < n; ++i) prefix[o + 1] += runs_here[i].end - runs_here[i].begin;
     }
-    const PolicyChoice choice =
-        choose_policy(at_.outputs, prefix, Plan::kVirtualWorkers, kCanSplit, costs());
-    if (choice.policy == kTiles) return;
-    const bool room = choice.policy == kStreamK ||
-                      Schedule::slots(kSplit, at_.outputs, 0, choice.splits) <= at_.slots;
-    schedule_ = Schedule::make(room ? choice.policy : kStreamK, at_.outputs, prefix,
-                               Plan::kVirtualWorkers, choice.splits);
+  }
+  void describe_cut(ae_cut& cut, int64_t* prefix, int64_t capacity) {
+    const auto here = [](int64_t n, int32_t, ae_task task, void* arg) {
+      for (int64_t i = 0; i < n; ++i) task(arg, i, 0);
+    };
+    const PolicyCosts c = costs();
+    cut = {at_.outputs,
+           at_.rows,
+           cut_.heads_together,
+           cut_.tile_keys,
+           Plan::kVirtualWorkers,
+           at_.may_split,
+           {c.tile, c.segment, c.part, c.combine}};
+    interval_env_ = build_tables(p_, Fn::kMaskCaptures, base_ + at_.tables, here);
+    number_outputs();
+    if (capacity > at_.outputs) count_tiles(prefix);
   }
 
   // Cycles of a core, for the choice of a policy: what the tile of an output reads at 5 bytes a
