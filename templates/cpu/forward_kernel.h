@@ -204,7 +204,8 @@ class Forward {
     const double rows = double(at_.rows), pairs = double(cut_.tile_keys * cut_.heads_together);
     const double read = pairs * (kD + kDv) * sizeof(Elem) / kBytes;
     const double multiply = rows * double(cut_.tile_keys) * (kD + kDv) / kProducts;
-    const double part = rows * kOutPitch * sizeof(Acc) * 2 / kBytes;
+    const double merging = rows > kMergeRows ? kMergeRows / rows : 1;  // by as many tasks
+    const double part = rows * kOutPitch * sizeof(Acc) * (1 + merging) / kBytes;
     return {read > multiply ? read : multiply, 1000 + rows * 60, part, 15000};
   }
 
