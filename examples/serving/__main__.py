@@ -1,0 +1,3 @@
+from .display import main
+
+raise SystemExit(main())
