@@ -246,6 +246,27 @@ def test_keys_in_parts_are_attention(cuts):
     assert {r.name for r in reports} == {"out", "lse", "dq", "dk", "dv"}
 
 
+@pytest.mark.compiles
+def test_cache_in_parts():
+    """A cache that lies in two places, as a shared prefix does: [B, Lq, Hq, Dv] and [B, Hq, Lq].
+    Of the head dims above, to share the module."""
+    g = torch.Generator().manual_seed(4)
+    shapes = (2, 1, 4, 40), (2, 48, 2, 40), (2, 48, 2, 24)
+    q, k, v = (torch.randn(shape, generator=g) for shape in shapes)
+    lengths = torch.tensor([16, 48])  # the second part of the first sequence is empty
+
+    def attend(begin: int, end: int) -> tuple[Tensor, Tensor]:
+        filled = (lengths.clamp(max=end) - begin).int()
+        caches = k[:, begin:end], v[:, begin:end]
+        out, lse = ae.attention_with_kvcache(q, *caches, cache_seqlens=filled, return_lse=True)
+        return out, lse.transpose(1, 2)
+
+    whole, parts = attend(0, 48), [attend(0, 16), attend(16, 48)]
+    out, lse = ae.merge_states(*zip(*parts, strict=True))
+    assert parts[1][1][0].eq(-INF).all()
+    torch.testing.assert_close((out, lse), whole)
+
+
 # -- layouts ---------------------------------------------------------------------------------------
 
 
