@@ -264,10 +264,8 @@ class Registers(Dialect):
     def exports(self, kind: str, mask_captures: int, plan: Plan) -> list[str]:
         more = ["TABLES"] if mask_captures else []
         more += ["SCHEDULE", "COMBINE"] if plan.slot_bytes else []
-        return [
-            *super().exports(kind, mask_captures, plan),
-            *(f"AE_EXPORT_{name}(Plan, Fn)" for name in more),
-        ]
+        first = "SEQUENCES" if plan.sequences else kind.upper()
+        return [f"AE_EXPORT_{name}(Plan, Fn)" for name in (first, *more)]
 
     def open_tile_row(self) -> list[str]:
         return [

@@ -37,6 +37,7 @@ SUPPORTED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CUDA_SUPPORTED = (torch.bfloat16, torch.float16)
 NO_CUDA_GRADIENT = "CUDA kernels have no gradient in this version"
 DENSE = Form()
+SEQUENCES = "sequences "
 MOST_CANDIDATES = 4  # tiles that are compiled before a kernel that spills registers is taken
 _MEMO_VERSION = 1
 
@@ -156,8 +157,16 @@ class Program:
             self.backward_id = behind.result()
 
     def load(self, kind: str) -> int:
-        """The kernel id of "forward" or "backward", built now if it is not there yet."""
+        """The kernel id of "forward", "backward" or "sequences N" (forward, of sequences of at most
+        N rows of a group of heads), built now if it is not there yet."""
+        if kind.startswith(SEQUENCES):
+            return self.of_sequences(int(kind.removeprefix(SEQUENCES)))
         return self.forward() if kind == "forward" else self.backward()
+
+    def of_sequences(self, rows: int) -> int:
+        """The kernel of calls on sequences of at most ``rows`` query rows times heads of a group.
+        On the CPU it is the forward kernel."""
+        return self.in_form(Form.of_sequences(rows)).forward()
 
     @property
     def portable(self) -> str:

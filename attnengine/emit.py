@@ -27,10 +27,15 @@ LOGICAL = ("logical_and", "logical_or", "logical_xor", "logical_not")
 
 
 class Ranges:
-    """Bounds of integer nodes: what decides between 32 and 64 bits."""
+    """Bounds of integer nodes: what decides between 32 and 64 bits.
 
-    def __init__(self) -> None:
+    ``before``: rows can come before the first key (a sequence with fewer keys than rows), so that
+    their query index is negative.
+    """
+
+    def __init__(self, before: bool = False) -> None:
         self._memo: dict[int, tuple[int, int]] = {}
+        self._first_query = -INDEX_LIMIT if before else 0
 
     def of(self, node: Node) -> tuple[int, int]:
         for n in walk([node]):
@@ -48,7 +53,7 @@ class Ranges:
             v = int(const_value(n))
             return v, v
         if n.op == "input" and n.attr[0] in ("b", "h", "q", "k"):
-            return 0, INDEX_LIMIT
+            return self._first_query if n.attr[0] == "q" else 0, INDEX_LIMIT
         if not n.args or any(a.dtype in FLOATS for a in n.args):
             return full
         r = [self._memo[a.id] for a in n.args]

@@ -130,8 +130,9 @@ def attention_with_kvcache(
         out, stats = _traced(handle, operands, tables)
     else:
         try:
+            kernel = handle.sequences_id(*operands[:2], q.shape[1])
             out, stats = _forward(
-                *operands, handle.tensors, handle.id, handle.scale, return_lse, *tables, least
+                *operands, handle.tensors, kernel, handle.scale, return_lse, *tables, least
             )
         except (ValueError, TypeError, RuntimeError) as error:
             _check_operands(q, k_cache, v_cache, block_table is not None)

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnengine import library, ops
+from attnengine import dispatch, library, ops
 
 forward_sequences = torch.ops.attnengine.forward_sequences.default._op
 append_kv = torch.ops.attnengine.append_kv.default._op
@@ -159,7 +159,8 @@ def _attention_sequences(
     scale: float,
     *tables: Any,
 ) -> tuple[Tensor, Tensor]:
-    kernel = ops.resolve(key, "forward")
+    rows = tables[6] * (q.shape[1] // max(k.shape[1], 1))
+    kernel = ops.resolve(key, f"{dispatch.SEQUENCES}{rows}")
     try:
         return forward_sequences(q, k, v, captures, kernel, scale, True, *tables)
     except ValueError as error:

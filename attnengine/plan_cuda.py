@@ -175,8 +175,10 @@ def _candidate(
     if bytes_of_block + fixed > arch.shared_bytes_of_block or estimate > most_registers:
         return None
     threads = 32 * warps
+    # ptxas gives the small blocks of a decode kernel all registers that a thread can have.
+    taken = REGISTERS_OF_THREAD if decode else min(estimate, REGISTERS_OF_THREAD)
     blocks = min(
-        arch.registers // (_round(min(estimate, REGISTERS_OF_THREAD), 8) * threads),
+        arch.registers // (_round(taken, 8) * threads),
         arch.shared_bytes // (bytes_of_block + fixed + SHARED_RESERVED),
         arch.threads // threads,
     )

@@ -45,7 +45,7 @@ class Unit:
         self.words = words
         device = words is not CPU_DIALECT
         self.raw = (plan.bf16_dot or device) and traced.score is None
-        self.ranges = Ranges()
+        self.ranges = Ranges(before=key.form.sequences)
         self.diagonals = (  # a CPU kernel's: on a device a gather costs what a table's value would
             diagonal.Diagonals((), ()) if device else diagonal.find(traced, derived, plan.lanes)
         )

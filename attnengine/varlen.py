@@ -176,7 +176,8 @@ def _longest(name: str, given: Any, starts: Tensor, total: int) -> int | torch.S
         return total
     if starts.shape[0] == 1:
         return 0
-    return max(0, int((starts[1:] - starts[:-1]).max()))
+    longest = int((starts[1:] - starts[:-1]).max())
+    return max(0, min(longest, total))  # the operator says which value is beyond the total
 
 
 def _heads_first(x: Tensor) -> Tensor:
@@ -222,7 +223,7 @@ def _run(
                 handle.ready = True
             return apply(q, k, v, handle.program, handle.scale, ranges, handle.tensors)
         return _forward(
-            q, k, v, handle.tensors, handle.id, handle.scale, want_stats,
+            q, k, v, handle.tensors, handle.sequences_id(q, k, rows), handle.scale, want_stats,
             *tables, None, None, rows, keys, 0, aligned,
         )  # fmt: skip
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
@@ -243,7 +244,8 @@ def _run_paged(
         )
     _refuse_tangents(q, k, v, *handle.tensors)
     try:
-        return _forward(q, k, v, handle.tensors, handle.id, handle.scale, want_stats, *tables)
+        kernel = handle.sequences_id(q, k, tables[6])
+        return _forward(q, k, v, handle.tensors, kernel, handle.scale, want_stats, *tables)
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise _refusal(error, q, k, v) from None
 

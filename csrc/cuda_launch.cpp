@@ -23,7 +23,7 @@ constexpr int64_t kMaxParamBytes = 32764;  // of a kernel's parameters, from com
 constexpr int64_t kMaxBlocks = std::numeric_limits<int32_t>::max();  // of a grid's x dimension
 constexpr int64_t kTableBlocks = 1 << 16;  // enough for every device; blocks take several units
 constexpr unsigned int kTableThreads = 128;
-constexpr unsigned int kScheduleThreads = 512, kCombineThreads = 128;
+constexpr unsigned int kScheduleThreads = 128, kCombineThreads = 128;
 constexpr int64_t kCombineRows = kCombineThreads / 32;  // of a thread block: a warp each
 // In cycles: a segment loads Q and fills its ring before the first product; a part is written to
 // and read from the L2 cache; ae_schedule and ae_combine are two launches more, of 2 to 3 us each.

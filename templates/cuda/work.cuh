@@ -61,7 +61,7 @@ struct NoWalk {};
 template <bool kScheduled>
 using Walk = std::conditional_t<kScheduled, SegmentWalk, NoWalk>;
 
-constexpr int kScheduleThreads = 512;
+constexpr int kScheduleThreads = 128;
 
 // One thread block: how many tiles of keys each output has, then their prefix sums.
 template <class Plan, class Fn, class Params>
@@ -107,7 +107,7 @@ __device__ inline void make_schedule(const Params& params) {
 
 // Counts the tiles of keys of all outputs, where the launch splits them.
 #define AE_EXPORT_SCHEDULE(Plan, Fn)                                              \
-  extern "C" __global__ void __launch_bounds__(ae::kScheduleThreads)              \
+  extern "C" __global__ void __launch_bounds__(ae::kScheduleThreads, 1)           \
       ae_schedule(const __grid_constant__ ae::Forward<Plan, Fn>::Params params) { \
     ae::make_schedule<Plan, Fn>(params);                                          \
   }

@@ -47,8 +47,9 @@
 //     Interval classify(interval_env, b, h, q, k)                                with kHasMask
 //     float q_mod(env, float), k_mod, v_mod                                      with kHas*Mod
 //
-// and ends with AE_EXPORT_FORWARD(Plan, Fn), AE_EXPORT_TABLES(Plan, Fn) where kMaskCaptures is not
-// 0, and with kScheduled AE_EXPORT_SCHEDULE(Plan, Fn) and AE_EXPORT_COMBINE(Plan, Fn).
+// and ends with AE_EXPORT_FORWARD(Plan, Fn) or AE_EXPORT_SEQUENCES(Plan, Fn),
+// AE_EXPORT_TABLES(Plan, Fn) where kMaskCaptures is not 0, and with kScheduled
+// AE_EXPORT_SCHEDULE(Plan, Fn) and AE_EXPORT_COMBINE(Plan, Fn).
 #pragma once
 #include "common/env.h"
 #include "cuda/capture.cuh"
@@ -543,6 +544,16 @@ class Forward {
     extern __shared__ __align__(128) char ae_shared[];                           \
     __shared__ ae::Forward<Plan, Fn>::Small small;                               \
     ae::Forward<Plan, Fn>(params, ae_shared, small).run();                       \
+  }
+
+// The same for kernels of sequences. A block of one warp: without "at least 1 block" ptxas takes
+// 128 registers at most where there is an array in local memory, and spills.
+#define AE_EXPORT_SEQUENCES(Plan, Fn)                                              \
+  extern "C" __global__ void __launch_bounds__(ae::Forward<Plan, Fn>::kThreads, 1) \
+      ae_forward(const __grid_constant__ ae::Forward<Plan, Fn>::Params params) {   \
+    extern __shared__ __align__(128) char ae_shared[];                             \
+    __shared__ ae::Forward<Plan, Fn>::Small small;                                 \
+    ae::Forward<Plan, Fn>(params, ae_shared, small).run();                         \
   }
 
 // Fills the block tables of the mask; the launcher calls it where there are any.
