@@ -328,7 +328,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(attnengine, m) {
   m.def(
       "append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, "
       "Tensor? cache_seqlens, Tensor? kv_row, Tensor? pages, Tensor? key_start=None, "
-      "int least_keys=0) -> ()");
+      "SymInt least_keys=0) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(attnengine, CPU, m) {
