@@ -48,16 +48,23 @@ class Launches {
     threads_ = threads;
     const bool together = threads > 1 && kernel_.info.grad_mask == 0;
     const int64_t room = std::max(kSideBySideBytes, kWorkspacePerOperand * operand_bytes) / threads;
+    std::vector<double> pairs(static_cast<size_t>(whole_.B));
     double total = 0;
-    for (int64_t b = 0; b < whole_.B; ++b) total += macs(part(b));
-    const double most = std::max(kSerialMacs, total * kShortShare / threads);
+    for (int64_t b = 0; b < whole_.B; ++b) {
+      const Sequence s(whole_, b);
+      pairs[static_cast<size_t>(b)] = static_cast<double>(s.rows) * static_cast<double>(s.keys);
+      total += pairs[static_cast<size_t>(b)];
+    }
+    const auto macs =
+        static_cast<double>(whole_.Hq * (kernel_.info.D + kernel_.info.Dv));  // a pair
+    const double most = std::max(kSerialMacs / macs, total * kShortShare / threads);
     for (int64_t b = 0; b < whole_.B; ++b) {
       ae_params p = part(b);
       if (p.L == 0) continue;
       keys_ += p.S;
       p.threads = 1;
       const int64_t bytes = kernel_.workspace_bytes(&p);
-      if (together && macs(p) <= most && bytes <= room) {
+      if (together && pairs[static_cast<size_t>(b)] <= most && bytes <= room) {
         short_.push_back(b);
         short_bytes_ = std::max(short_bytes_, bytes);
         continue;
@@ -67,8 +74,9 @@ class Launches {
       long_bytes_ = std::max(long_bytes_, p.threads == 1 ? bytes : kernel_.workspace_bytes(&p));
     }
     // What takes longest first, so that the threads end together.
-    std::stable_sort(short_.begin(), short_.end(),
-                     [this](int64_t a, int64_t b) { return macs(part(a)) > macs(part(b)); });
+    std::stable_sort(short_.begin(), short_.end(), [&pairs](int64_t a, int64_t b) {
+      return pairs[static_cast<size_t>(a)] > pairs[static_cast<size_t>(b)];
+    });
   }
 
   void run() {
@@ -127,7 +135,6 @@ class Launches {
     if (p.dstats != nullptr) p.dstats = shifted(p.dstats, stat, accumulator_);
     return p;
   }
-  double macs(const ae_params& p) const { return launch_macs(p, kernel_.info.D, kernel_.info.Dv); }
   void launch_one(const ae_params& p, void* memory, int64_t bytes) {
     poison(memory, bytes);
     const int32_t status = kernel_.launch(&p, memory, parallel_for);
