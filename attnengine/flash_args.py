@@ -106,7 +106,7 @@ def _window(window: Any) -> tuple[int, int]:
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}={value!r}: expected a number")
-    if not abs(value) <= sys.float_info.max:  # isfinite, which Dynamo cannot trace
+    if not abs(float(value)) <= sys.float_info.max:  # isfinite, which Dynamo cannot trace
         raise ValueError(f"{name}={value!r}: expected a finite number")
     return float(value)
 

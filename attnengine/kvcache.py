@@ -21,6 +21,7 @@ _grad_enabled = torch.is_grad_enabled
 _autocast = torch._C._is_any_autocast_enabled
 _forward = ops_sequences.forward_sequences
 _append = ops_sequences.append_kv
+_increment_version = torch.autograd.graph.increment_version
 _int32 = torch.int32
 
 PAGE_MULTIPLE = 16  # tokens
@@ -130,7 +131,7 @@ def attention_with_kvcache(
         out, stats = _traced(handle, operands, tables)
     else:
         try:
-            kernel = handle.sequences_id(*operands[:2], q.shape[1])
+            kernel = handle.sequences_id(*operands, q.shape[1])
             out, stats = _forward(
                 *operands, handle.tensors, kernel, handle.scale, return_lse, *tables, least
             )
@@ -288,7 +289,39 @@ def _new_keys(
         raise ValueError(f"{missing} must be given: k and v come together, and rotary needs them")
     if lengths is None:
         raise ValueError("k and v need cache_seqlens: the positions that are filled before them")
-    _check_operands(q, k_cache, v_cache, False)
+    if not _fit(q, k_cache, v_cache, k, v):
+        _check_operands(q, k_cache, v_cache, False)
+        _check_new(q, k_cache, v_cache, k, v)
+    for i, t in enumerate(handle.tensors):
+        if t.device != q.device:
+            raise ValueError(
+                f"captures[{i}] is on {t.device} but q is on {q.device}; move it there with .to()"
+            )
+    return k, v
+
+
+def _fit(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Any, v: Any) -> bool:
+    """Whether the operands of an append fit each other; other checks say what does not."""
+    if not (isinstance(k, Tensor) and isinstance(v, Tensor)):
+        return False
+    if not q.dim() == k_cache.dim() == v_cache.dim() == k.dim() == v.dim() == 4:
+        return False
+    b, _, hq, d = q.shape
+    _, _, h, dk = k_cache.shape
+    return (
+        k_cache.shape[:3] == v_cache.shape[:3]
+        and d == dk
+        and h != 0
+        and hq % h == 0
+        and k.shape[:3] == v.shape[:3]
+        and (b, h, d) == (k.shape[0], k.shape[2], k.shape[3])
+        and v.shape[3] == v_cache.shape[3]
+        and q.dtype == k_cache.dtype == v_cache.dtype == k.dtype == v.dtype
+        and q.device == k_cache.device == v_cache.device == k.device == v.device
+    )
+
+
+def _check_new(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Any, v: Any) -> None:
     for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
@@ -305,12 +338,6 @@ def _new_keys(
             )
     if k.shape[1] != v.shape[1]:
         raise ValueError(f"k has {k.shape[1]} new tokens and v {v.shape[1]}; they must be equal")
-    for i, t in enumerate(handle.tensors):
-        if t.device != q.device:
-            raise ValueError(
-                f"captures[{i}] is on {t.device} but q is on {q.device}; move it there with .to()"
-            )
-    return k, v
 
 
 def _write(k_cache: Tensor, v_cache: Tensor, *arguments: Any) -> None:
@@ -319,6 +346,7 @@ def _write(k_cache: Tensor, v_cache: Tensor, *arguments: Any) -> None:
         return
     try:
         _append(k_cache, v_cache, *arguments)
+        _increment_version((k_cache, v_cache))  # a saved cache must not pass for the old one
     except (ValueError, RuntimeError) as error:
         raise _translated(error) from None
 

@@ -18,14 +18,27 @@ def rotate(
     interleaved: bool,
     each: bool,
 ) -> tuple[Tensor, Tensor]:
-    """q [B, L, Hq, D] and new keys k [B, Lnew, Hkv, D], rotated at positions lengths[b] + row.
+    """q [B, L, Hq, D] and new keys k [B, Lnew, Hkv, D], rotated at positions lengths[b] + row, in
+    fp32 (fp64 for fp64).
 
     ``each``: q's rows have a position each, else all have lengths[b]. ``capacity``: of the cache.
     Raises TypeError or ValueError unless cos and sin [positions, R/2] fit.
     """
     _check(cos, sin, q, k, lengths, capacity, each)
-    return rotated(q, cos, sin, lengths, interleaved, each), rotated(
-        k, cos, sin, lengths, interleaved
+    new, rows = k.shape[1], q.shape[1]
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    longest = max(new, rows) if each else new
+    positions = lengths[:, None].clamp(min=0)  # a negative length is refused by the append
+    if longest > 1:
+        positions = positions + torch.arange(longest, device=q.device)
+    cos, sin = (t[positions].to(wide).unsqueeze(2) for t in (cos, sin))
+    if each and new == rows:
+        both = _rotated(torch.cat((q, k), 2), cos, sin, interleaved)
+        return both[:, :, : q.shape[2]], both[:, :, q.shape[2] :]
+    at = slice(None, rows if each else 1)
+    return (
+        _rotated(q, cos[:, at], sin[:, at], interleaved),
+        _rotated(k, cos[:, :new], sin[:, :new], interleaved),
     )
 
 
@@ -63,26 +76,20 @@ def _check(
     )
 
 
-def rotated(
-    x: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor, interleaved: bool, each: bool = True
-) -> Tensor:
-    """x [B, L, H, D], its first R elements rotated by row lengths[b] + i of cos, sin [.., R/2]; in
-    fp32 (fp64 for fp64).
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """x [B, L, H, D] with its first R elements rotated; cos, sin [B, L or 1, 1, R/2] in the type of
+    the arithmetic.
 
-    ``each``: i is the row's number, else 0. interleaved: elements 0 and 1, 2 and 3, ... are pairs;
-    else 0 and R/2, 1 and R/2 + 1, ... are (GPT-NeoX).
+    interleaved: elements 0 and 1, 2 and 3, ... are pairs; else 0 and R/2, 1 and R/2 + 1, ... are
+    (GPT-NeoX).
     """
-    positions = lengths[:, None].long().clamp(min=0)  # a negative length is refused by the append
-    if each:
-        positions = positions + torch.arange(x.shape[1], device=x.device)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    c, s = (t[positions].to(wide).unsqueeze(2) for t in (cos, sin))
-    count = 2 * cos.shape[1]
-    turned, rest = x[..., :count].to(wide), x[..., count:]
+    half = cos.shape[-1]
+    count = 2 * half
     if interleaved:
-        a, b = turned[..., 0::2], turned[..., 1::2]
-        both = torch.stack((a * c - b * s, a * s + b * c), -1).flatten(-2)
+        a, b = x[..., 0:count:2], x[..., 1:count:2]
     else:
-        a, b = turned.chunk(2, -1)
-        both = torch.cat((a * c - b * s, a * s + b * c), -1)
-    return torch.cat((both.to(x.dtype), rest), -1) if rest.shape[-1] else both.to(x.dtype)
+        a, b = x[..., :half], x[..., half:count]
+    pair = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(a * sin, b, cos)
+    turned = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
+    turned = turned.to(x.dtype)
+    return turned if count == x.shape[-1] else torch.cat((turned, x[..., count:]), -1)

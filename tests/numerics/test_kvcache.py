@@ -95,6 +95,25 @@ def test_values_that_are_a_view_of_the_keys(L: int, page: int | None) -> None:
     check(Cache(BF16, (100, 7, 150), L=L, new=L, page=page, heads=heads, latent=True), causal=True)
 
 
+@BOTH
+@pytest.mark.parametrize("page", [None, 16, 64])
+@pytest.mark.parametrize("L, heads", [(1, (8, 2)), (2, (8, 1)), (3, (4, 4)), (17, (4, 2))], ids=str)
+def test_head_dims_of_whole_vectors(
+    dtype: torch.dtype, page: int | None, L: int, heads: tuple[int, int]
+) -> None:
+    """Few rows read keys and values where they lie."""
+    lengths = (0, 5, 64, 131)
+    check(Cache(dtype, lengths, L=L, new=L, page=page, heads=heads, d=64, dv=64), causal=True)
+
+
+@pytest.mark.parametrize("latent", [True, False])
+@pytest.mark.parametrize("L, page", [(1, 64), (4, None)])
+def test_latent_attention(L: int, page: int | None, latent: bool) -> None:
+    """DeepSeek's head dims: 512 of the latent, which are the values, and 64 of the positions."""
+    sizes: dict[str, Any] = {"heads": (16, 1), "d": 576, "dv": 512, "latent": latent}
+    check(Cache(BF16, (70, 0, 200), L=L, new=L, page=page, **sizes), causal=True)
+
+
 def test_a_cache_shared_by_all_sequences() -> None:
     """One row of keys, as for several samples of one prompt, each of its own length."""
     one = Cache(F32, (60,), L=1)

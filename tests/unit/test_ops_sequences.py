@@ -176,6 +176,19 @@ def test_a_large_append_uses_all_threads() -> None:
     assert (k_cache[0, :100] == 0).all() and (k_cache[1, 607:] == 0).all()
 
 
+def test_a_saved_cache_is_known_to_have_changed() -> None:
+    q, k_cache, v_cache, k, v, lengths = cached()
+    weight = torch.ones(D, requires_grad=True)
+    product = (k_cache * weight).sum()
+    with torch.no_grad():
+        ae.attention_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=lengths)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+    with torch.inference_mode():
+        x = cached()
+        ae.attention_with_kvcache(*x[:5], cache_seqlens=x[5])
+
+
 def test_append_of_nothing() -> None:
     _, k_cache, v_cache, k, v, lengths = cached()
     before = k_cache.clone()
