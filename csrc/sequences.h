@@ -119,8 +119,9 @@ inline void check_cached_keys(const SequenceTables& t) {
 
 // Columns of the block table that sequence b uses: [first, last).
 inline void page_columns(const SequenceTables& t, int64_t b, int64_t* first, int64_t* last) {
-  *first = key_begin(t, b) / t.page_size;
-  *last = (key_end(t, b) + t.page_size - 1) / t.page_size;
+  const int64_t begin = key_begin(t, b), end = key_end(t, b);
+  *first = begin / t.page_size;
+  *last = begin < end ? (end + t.page_size - 1) / t.page_size : *first;
 }
 
 inline void check_pages(const SequenceTables& t) {
