@@ -112,6 +112,7 @@ def attention_with_kvcache(
     row = None if cache_batch_idx is None else _table("cache_batch_idx", cache_batch_idx, 1)
     pages = None if block_table is None else _table("block_table", block_table, 2)
     least = q.shape[1] if spec is None and (causal or window_size[1] == 0) else 0
+    caches = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
     capacity, more = k_cache.shape[1], 0
     if pages is not None:
         capacity = capacity * pages.shape[1]
@@ -122,10 +123,12 @@ def attention_with_kvcache(
             table = rotary_cos, rotary_sin, lengths, capacity, rotary_interleaved
             q, k = rotate(q, k, *table, each)
         more = k.shape[1]
+        if not tracing:  # a kernel that cannot be built must not fail after the write
+            handle.sequences_id(q.transpose(1, 2), *caches, q.shape[1])
         _write(k_cache, v_cache, k, v, lengths, row, pages, start, least)
     if handle.q_factor != 1.0:
         q = q * handle.q_factor
-    operands = q.transpose(1, 2), k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+    operands = q.transpose(1, 2), *caches
     tables = (None, None, start, lengths, row, pages, q.shape[1], capacity, more, True)
     if tracing:
         out, stats = _traced(handle, operands, tables)
@@ -152,6 +155,7 @@ def _handle(q: Any, k_cache: Any, v_cache: Any, spec: AttentionSpec) -> Handle:
     try:
         if (
             handle is not None
+            and k_cache.dim() == q.dim() == 4
             and handle.program.element is q.dtype
             and handle.head_dim == q.shape[3]
             and handle.value_dim == v_cache.shape[3]

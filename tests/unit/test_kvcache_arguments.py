@@ -22,6 +22,10 @@ def cases() -> Iterator[Any]:
         "rank of the cache", dense, ValueError, "v_cache must be 4-D", v_cache=lambda v: v[0]
     )
     yield case(
+        "a cache of one dimension", dense, ValueError, "k_cache must be 4-D", k_cache=ints(1)
+    )
+    yield case("no cache", dense, TypeError, "k_cache must be a torch.Tensor", k_cache=[])
+    yield case(
         "dtype",
         dense,
         TypeError,
