@@ -232,6 +232,7 @@ class Registers(Dialect):
         if plan.sequences:
             manifest |= {
                 "sequences": True, "slot_bytes": plan.slot_bytes, "tile_cycles": plan.tile_cycles,
+                "shared_kv": plan.shared_kv,
             }  # fmt: skip
         return [
             title(plan, key),
@@ -252,6 +253,8 @@ class Registers(Dialect):
             f"  static constexpr int kSharedBytes = {plan.shared_bytes};",
             f"  static constexpr bool kPackGroup = {flag(plan.pack_group)};",
             f"  static constexpr bool kHoldQ = {flag(plan.hold_q)};",
+            f"  static constexpr int kColumnWarps = {plan.column_warps};",
+            f"  static constexpr bool kSharedKV = {flag(plan.shared_kv)};",
             f"  static constexpr bool kSequences = {flag(plan.sequences)};",
             f"  static constexpr bool kScheduled = {flag(plan.slot_bytes > 0)};",
             f"  static constexpr int kSlotBytes = {plan.slot_bytes};",

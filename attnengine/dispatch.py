@@ -158,15 +158,17 @@ class Program:
 
     def load(self, kind: str) -> int:
         """The kernel id of "forward", "backward" or "sequences N" (forward, of sequences of at most
-        N rows of a group of heads), built now if it is not there yet."""
+        N rows of a group of heads; "sequences N shared": v is the first columns of k), built now if
+        it is not there yet."""
         if kind.startswith(SEQUENCES):
-            return self.of_sequences(int(kind.removeprefix(SEQUENCES)))
+            rows, _, shared = kind.removeprefix(SEQUENCES).partition(" ")
+            return self.of_sequences(int(rows), bool(shared))
         return self.forward() if kind == "forward" else self.backward()
 
-    def of_sequences(self, rows: int) -> int:
-        """The kernel of calls on sequences of at most ``rows`` query rows times heads of a group.
-        On the CPU it is the forward kernel."""
-        return self.in_form(Form.of_sequences(rows)).forward()
+    def of_sequences(self, rows: int, shared_kv: bool) -> int:
+        """The kernel of calls on sequences of at most ``rows`` query rows times heads of a group;
+        ``shared_kv``: v is the first columns of k. On the CPU it is the forward kernel."""
+        return self.in_form(Form.of_sequences(rows, shared_kv)).forward()
 
     @property
     def portable(self) -> str:
@@ -401,7 +403,18 @@ def _made_form(base: Program, form: Form) -> Program:
 
 
 def _form_label(form: Form) -> str:
-    return f"decode {form.decode_rows} rows" if form.decode_rows else "sequences"
+    text = f"decode {form.decode_rows} rows" if form.decode_rows else "sequences"
+    return f"{text}, shared KV" if form.shared_kv else text
+
+
+def shares_keys(k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether v is the first columns of k in memory."""
+    return (
+        v.shape[3] <= k.shape[3]
+        and k.stride() == v.stride()
+        and k.numel() > 0
+        and k.data_ptr() == v.data_ptr()
+    )
 
 
 _generator_text: str | None = None

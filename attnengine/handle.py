@@ -183,11 +183,12 @@ class Handle:
         except (ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise _refusal(error, q, k, v) from None
 
-    def sequences_id(self, q: torch.Tensor, k: torch.Tensor, rows: Any) -> int:
-        """The kernel of a call on sequences of at most ``rows`` rows; q, k [.., H, .., D]."""
+    def sequences_id(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: Any) -> int:
+        """The kernel of a call on sequences of at most ``rows`` rows; operands [.., H, .., D]."""
         if not self.program.is_cuda:
             return self.id
-        return self.program.of_sequences(rows * (q.shape[1] // max(k.shape[1], 1)))
+        group = q.shape[1] // max(k.shape[1], 1)
+        return self.program.of_sequences(rows * group, dispatch.shares_keys(k, v))
 
     def aux(self, stats: torch.Tensor) -> Statistics:
         return Statistics({n: stats[i] for i, n in enumerate(self.program.sources.stats)})

@@ -19,11 +19,13 @@ class Form:
 
     CPU kernels serve all. ``sequences``: rows and keys of any lengths, packed or in a cache.
     ``decode_rows`` (with it): tiles of so few rows (16, 32 or 64; the query rows of a group of
-    heads), and work that is split along the keys; 0: tiles for many rows.
+    heads), and work that is split along the keys; 0: tiles for many rows. ``shared_kv``: v is the
+    first columns of k in memory (MLA's latent), and is read with it.
     """
 
     decode_rows: int = 0
     sequences: bool = False
+    shared_kv: bool = False
 
     def __post_init__(self) -> None:
         if self.decode_rows not in DECODE_ROWS or (self.decode_rows and not self.sequences):
@@ -33,9 +35,9 @@ class Form:
             )
 
     @staticmethod
-    def of_sequences(rows: int) -> Form:
+    def of_sequences(rows: int, shared_kv: bool = False) -> Form:
         """For sequences of at most ``rows`` rows of scores: query rows times heads of a group."""
-        return Form(next((n for n in DECODE_ROWS if n >= max(rows, 1)), 0), True)
+        return Form(next((n for n in DECODE_ROWS if n >= max(rows, 1)), 0), True, shared_kv)
 
 
 DECODE_ROWS = (0, 16, 32, 64)

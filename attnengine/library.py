@@ -62,7 +62,8 @@ class CudaLaunch:
     thread block, tiles of ``block_m`` rows and ``block_n`` keys; with ``pack_group`` the query
     heads of one key head share a tile of rows; bit i of ``mask_captures`` says that the mask reads
     captured tensor i. ``sequences``: it serves sequences of any lengths; ``slot_bytes`` of a part
-    of a result, 0 where keys are never split; ``tile_cycles``, predicted, of a tile of keys.
+    of a result, 0 where keys are never split; ``tile_cycles``, predicted, of a tile of keys;
+    ``shared_kv``: v is the first columns of k.
     """
 
     threads: int
@@ -74,6 +75,7 @@ class CudaLaunch:
     sequences: bool = False
     slot_bytes: int = 0
     tile_cycles: int = 0
+    shared_kv: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,8 @@ _CUDA_FIELDS = (
     *("head_dim", "value_dim", "capture_count", "user_stats", "stats", "mask_captures"),
     *("block_m", "block_n", "pack_group", "threads", "shared_bytes"),
 )
-_SEQUENCE_FIELDS = ("sequences", "slot_bytes", "tile_cycles")  # of kernels of sequences alone
+# Of kernels of sequences alone.
+_SEQUENCE_FIELDS = ("sequences", "slot_bytes", "tile_cycles", "shared_kv")
 
 
 def load_cuda_kernel(

@@ -160,7 +160,8 @@ def _attention_sequences(
     *tables: Any,
 ) -> tuple[Tensor, Tensor]:
     rows = tables[6] * (q.shape[1] // max(k.shape[1], 1))
-    kernel = ops.resolve(key, f"{dispatch.SEQUENCES}{rows}")
+    shared = " shared" if dispatch.shares_keys(k, v) else ""
+    kernel = ops.resolve(key, f"{dispatch.SEQUENCES}{rows}{shared}")
     try:
         return forward_sequences(q, k, v, captures, kernel, scale, True, *tables)
     except ValueError as error:

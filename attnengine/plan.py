@@ -88,6 +88,8 @@ class Plan:
     stages: int = 0  # tiles of keys and values in its ring
     shared_bytes: int = 0  # its dynamic shared memory
     hold_q: bool = False  # its warps keep Q as operands in registers
+    column_warps: int = 1  # so many warps share rows, and split the columns of K and V
+    shared_kv: bool = False  # V is the first columns of K
     sequences: bool = False  # rows and keys are those of ae_params.sequences
     slot_bytes: int = 0  # of a partial result; 0: an output's keys are never split
     tile_cycles: int = 0  # of one tile of keys, for the choice of the schedule at each launch

@@ -18,7 +18,8 @@ from .key import KernelKey
 from .plan import DeviceCost, Plan, Tensor
 from .trace import Traced
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 576
+WIDE = 256  # beyond, warps share rows and split the columns
 ELEMENTS = ("f16", "bf16")
 REGISTERS_OF_THREAD = 255
 # What an estimate may reach. Addresses, operands on their way to a product and counters take about
@@ -51,9 +52,12 @@ def candidates(key: KernelKey, traced: Traced, isa: str) -> list[Plan]:
     arch = CUDA[isa]
     _check(key)
     keys = (16, 32, 64, 128)
-    tiles = list(itertools.product((64, 128), keys, (4, 8), (2, 3, 4)))
-    if key.form.decode_rows:
-        tiles = list(itertools.product((key.form.decode_rows,), keys, (1, 2, 4), (2, 3, 4, 5)))
+    tiles = list(itertools.product((64, 128), keys, (4, 8), (1,), (2, 3, 4)))
+    few = key.form.decode_rows
+    if is_wide(key):  # 64 rows spill
+        tiles = list(itertools.product((16 if few == 16 else 32,), keys, (4, 8), (2, 4), (2, 3, 4)))
+    elif few:
+        tiles = list(itertools.product((few,), keys, (1, 2, 4), (1,), (2, 3, 4, 5)))
     out: list[Plan] = []
     # The estimate is on the safe side: where it leaves nothing, the smallest excess may do.
     for most in (MOST_REGISTERS, 255, 275, 300, 350, 400):
@@ -69,6 +73,16 @@ def candidates(key: KernelKey, traced: Traced, isa: str) -> list[Plan]:
     return sorted(out, key=lambda p: (p.cost.total, p.shared_bytes))
 
 
+def is_wide(key: KernelKey) -> bool:
+    return max(key.head_dim, key.value_dim) > WIDE
+
+
+def is_decode(key: KernelKey) -> bool:
+    """Whether tiles have few rows and work is split along the keys: of wide heads always, for their
+    tiles have few rows anyway (one batch row is then one sequence)."""
+    return key.form.decode_rows > 0 or is_wide(key)
+
+
 def _check(key: KernelKey) -> None:
     if key.element not in ELEMENTS:
         raise NotImplementedError(
@@ -81,6 +95,11 @@ def _check(key: KernelKey) -> None:
                 f"{name}={value}: sm_80 templates support 1 <= D, Dv <= {MAX_HEAD_DIM}; "
                 "use CPU tensors (.cpu()) or split the heads"
             )
+    if is_wide(key) and key.value_dim % 32:
+        raise NotImplementedError(
+            f"value_dim={key.value_dim}: with head_dim={key.head_dim} sm_80 templates need a "
+            "multiple of 32; pad v, use CPU tensors (.cpu()) or split the heads"
+        )
 
 
 def pitch(width: int) -> int:
@@ -90,9 +109,19 @@ def pitch(width: int) -> int:
     return 8 * (chunks if chunks % 8 == 0 else chunks + 1)
 
 
-def shared_bytes(d: int, dv: int, block_m: int, block_n: int, stages: int) -> int:
+def shared_bytes(
+    d: int,
+    dv: int,
+    block_m: int,
+    block_n: int,
+    stages: int,
+    column_warps: int = 1,
+    shared_kv: bool = False,
+) -> int:
     """Dynamic shared memory of a block; the template static_asserts the same total."""
-    return 2 * (block_m * pitch(d) + stages * block_n * (pitch(d) + pitch(dv)))
+    ring = stages * block_n * (pitch(d) + (0 if shared_kv else pitch(dv)))
+    exchanged = 4 * column_warps * block_m * block_n if column_warps > 1 else 0
+    return 2 * (block_m * pitch(d) + ring) + exchanged
 
 
 def registers(
@@ -103,19 +132,21 @@ def registers(
     warps: int,
     hold_q: bool,
     needs: Needs | None = None,
+    column_warps: int = 1,
 ) -> int:
     """An estimate of a thread's registers; ptxas decides."""
     needs = needs or Needs(3, False, False)
-    blocks = block_m // warps // 16  # of 16 rows
-    sums, scores = blocks * _round(dv, 16) // 2, blocks * block_n // 2
-    held = held_registers(d, block_m, warps) if hold_q else 4 * blocks
+    blocks = block_m * column_warps // warps // 16  # of 16 rows
+    sums, scores = blocks * _round(dv, 16) // 2 // column_warps, blocks * block_n // 2
+    held = held_registers(d, block_m, warps, column_warps) if hold_q else 4 * blocks
     extra = GATHER_REGISTERS * block_n // 4 if needs.gathers else 0
     extra += FUNCTION_REGISTERS if needs.functions else 0
     return sums + scores + held + 2 * blocks * needs.row_values + OTHER_REGISTERS + extra
 
 
-def held_registers(d: int, block_m: int, warps: int) -> int:
-    return 4 * (block_m // warps // 16) * _round(d, 16) // 16
+def held_registers(d: int, block_m: int, warps: int, column_warps: int = 1) -> int:
+    steps = -(-_round(d, 16) // 16 // column_warps)
+    return 4 * (block_m * column_warps // warps // 16) * steps
 
 
 @dataclass(frozen=True)
@@ -158,19 +189,24 @@ def _candidate(
     block_m: int,
     block_n: int,
     warps: int,
+    columns: int,
     stages: int,
     most_registers: int,
 ) -> Plan | None:
     d, dv = key.head_dim, key.value_dim
-    rows = block_m // warps
-    if rows not in (16, 32):
+    rows = block_m * columns // warps
+    if rows not in (16, 32) or block_m * columns % warps or (columns > 1 and dv % (16 * columns)):
         return None
-    bytes_of_block = shared_bytes(d, dv, block_m, block_n, stages)
+    mods = {"k", "v"} & set(traced.operands)
+    shared_kv = key.form.shared_kv and columns > 1 and dv <= d and not mods
+    bytes_of_block = shared_bytes(d, dv, block_m, block_n, stages, columns, shared_kv)
     needs = needs_of(traced)
-    hold_q = held_registers(d, block_m, warps) <= MOST_HELD
-    hold_q = hold_q and registers(d, dv, block_m, block_n, warps, True, needs) <= MOST_REGISTERS
-    estimate = registers(d, dv, block_m, block_n, warps, hold_q, needs)
-    sequences, decode = key.form.sequences, key.form.decode_rows > 0
+    size = (d, dv, block_m, block_n, warps)
+    hold_q = held_registers(d, block_m, warps, columns) <= MOST_HELD
+    hold_q = hold_q and registers(*size, True, needs, columns) <= MOST_REGISTERS
+    estimate = registers(*size, hold_q, needs, columns)
+    decode = is_decode(key)
+    sequences = key.form.sequences or decode
     fixed = static_shared(block_n, warps, sequences)
     if bytes_of_block + fixed > arch.shared_bytes_of_block or estimate > most_registers:
         return None
@@ -182,15 +218,21 @@ def _candidate(
         arch.shared_bytes // (bytes_of_block + fixed + SHARED_RESERVED),
         arch.threads // threads,
     )
-    price = _decode_cost if decode else _cost
-    cost = price(key, traced, arch, block_m, block_n, warps, stages, blocks, hold_q)
+    shape = (block_m, block_n, warps, stages, blocks, hold_q)
+    if decode:
+        cost = _decode_cost(key, traced, arch, *shape, shared_kv)
+    else:
+        cost = _cost(key, traced, arch, *shape)
     merges = traced.row.merged is not None
     slot = slot_bytes(dv, block_m, len(traced.row.init)) if decode and merges else 0
     dp, dvp = _round(d, 16), _round(dv, 16)
     tensors = (
         Tensor("Q", block_m, d, "shared", 2 * block_m * pitch(d)),
         Tensor("K", block_n, d, "shared", 2 * block_n * pitch(d), stages),
-        Tensor("V", block_n, dv, "shared", 2 * block_n * pitch(dv), stages),
+        Tensor(
+            "V", block_n, dv, "K's" if shared_kv else "shared",
+            0 if shared_kv else 2 * block_n * pitch(dv), stages,
+        ),
         Tensor("scores", block_m, block_n, "registers", 4 * block_m * block_n),
         Tensor("output", block_m, dv, "registers", 4 * block_m * dvp),
         Tensor(
@@ -208,8 +250,12 @@ def _candidate(
         "rows of a group share tiles" if not key.group_varies else
         "the mask depends on the head: a tile has rows of one head",
     )  # fmt: skip
+    if columns > 1:
+        reasons += (f"{columns} warps share rows: each {dv // columns} columns of the output",)
+    if shared_kv:
+        reasons += ("V is read with K, whose first columns it is",)
     if decode:
-        flying = blocks * (stages - 1) * 2 * block_n * (dp + dvp)
+        flying = blocks * (stages - 1) * 2 * block_n * (dp + (0 if shared_kv else dvp))
         reasons += (
             f"{flying} bytes of K and V on their way to an SM, {IN_FLIGHT} keep the memory busy",
             "few outputs or ragged lengths: keys are split and merged, as each launch finds cheaper"
@@ -221,6 +267,7 @@ def _candidate(
         partition="segments" if slot else "tiles", virtual_workers=0,
         scratch_bytes=0, tensors=tensors, cost=cost, reasons=reasons,
         warps=warps, stages=stages, shared_bytes=bytes_of_block, hold_q=hold_q,
+        column_warps=columns, shared_kv=shared_kv,
         sequences=sequences, slot_bytes=slot,
         # A block has its share of the SM: the price is of all of them together.
         tile_cycles=math.ceil(cost.total * block_m * block_n / 1000 * blocks) if decode else 0,
@@ -296,6 +343,7 @@ def _decode_cost(
     stages: int,
     blocks: int,
     hold_q: bool,
+    shared_kv: bool,
 ) -> DeviceCost:
     d, dv = _round(key.head_dim, 16), _round(key.value_dim, 16)
     scores = block_m * block_n
@@ -308,8 +356,9 @@ def _decode_cost(
     tile = 2.0 * block_n * (d + dv)
     shared = (tile * (1 + warps) + (0 if hold_q else 2 * block_m * d)) / arch.shared_bytes_per_cycle
     shared *= LDMATRIX
-    flying = min(1.0, blocks * (stages - 1) * tile / IN_FLIGHT)
-    memory = tile / (arch.dram_bytes_per_cycle * flying)
+    read = tile if not shared_kv else 2.0 * block_n * d
+    flying = min(1.0, blocks * (stages - 1) * read / IN_FLIGHT)
+    memory = read / (arch.dram_bytes_per_cycle * flying)
     parts = (tensor, exp, alu, shared)
     together = min(MOST_TOGETHER, blocks * warps / arch.schedulers)
     busy = max(parts) + (sum(parts) - max(parts)) / (1 + together)

@@ -223,7 +223,7 @@ def _run(
                 handle.ready = True
             return apply(q, k, v, handle.program, handle.scale, ranges, handle.tensors)
         return _forward(
-            q, k, v, handle.tensors, handle.sequences_id(q, k, rows), handle.scale, want_stats,
+            q, k, v, handle.tensors, handle.sequences_id(q, k, v, rows), handle.scale, want_stats,
             *tables, None, None, rows, keys, 0, aligned,
         )  # fmt: skip
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
@@ -244,7 +244,7 @@ def _run_paged(
         )
     _refuse_tangents(q, k, v, *handle.tensors)
     try:
-        kernel = handle.sequences_id(q, k, tables[6])
+        kernel = handle.sequences_id(q, k, v, tables[6])
         return _forward(q, k, v, handle.tensors, kernel, handle.scale, want_stats, *tables)
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise _refusal(error, q, k, v) from None

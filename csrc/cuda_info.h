@@ -19,6 +19,7 @@ typedef struct ae_cuda_info {
   int32_t sequences;       // 1: rows and keys are those of ae_params.sequences
   int32_t slot_bytes;      // of a partial result; 0: an output's keys are never split
   int32_t tile_cycles;     // predicted: of one tile of keys
+  int32_t shared_kv;       // 1: V is the first columns of K, and is read with it
 } ae_cuda_info;
 
 #ifdef __cplusplus

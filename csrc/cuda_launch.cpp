@@ -273,6 +273,11 @@ void CudaParams::share_work(const CudaKernel& kernel, const CudaFunctions& funct
     value_error("kernel=" + std::string(info.info.key) +
                 " takes no sequences; a program's in_form(Form.of_sequences(rows)) does");
   }
+  if (info.shared_kv != 0 && (p.k != p.v || !std::equal(p.k_stride, p.k_stride + 4, p.v_stride))) {
+    value_error("kernel=" + std::string(info.info.key) +
+                " reads v as the first columns of k; v must be a view of k, such as k[..., :" +
+                std::to_string(info.info.Dv) + "]");
+  }
   outputs_ = forward_blocks_ = ae::forward_blocks(info, p);
   if (info.slot_bytes == 0) return;
   const int64_t most_tiles = (p.S + info.block_n - 1) / info.block_n;

@@ -126,6 +126,7 @@ int32_t load_cuda_kernel(const std::string& ptx, const std::string& cubin, const
   info.sequences = small("sequences");
   info.slot_bytes = small("slot_bytes");
   info.tile_cycles = small("tile_cycles");
+  info.shared_kv = small("shared_kv");
   const Signature signature(captures);
   char error[kErrorBytes];
   int32_t id;
@@ -174,6 +175,7 @@ py::dict kernel_info(int64_t id) {
     launch["sequences"] = cuda->sequences != 0;
     launch["slot_bytes"] = cuda->slot_bytes;
     launch["tile_cycles"] = cuda->tile_cycles;
+    launch["shared_kv"] = cuda->shared_kv != 0;
     d["cuda"] = launch;
   }
   return d;

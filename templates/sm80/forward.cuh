@@ -24,6 +24,9 @@
 //     kD, kDv                   head dimensions of Q and K, and of V: any up to 256
 //     kBlockM, kBlockN          rows and keys of a score tile
 //     kWarps, kStages           warps split the rows; tiles of K and V in the ring
+//     kColumnWarps              so many warps share rows: each takes some columns of Q K^T's sums,
+//                               which they exchange, and of the output; 1: none do
+//     kSharedKV                 V is the first kDv columns of K (MLA's latent): read once
 //     kPackGroup                the query heads of a kv head share row tiles
 //     kHoldQ                    Q's operands stay in registers, else each tile of keys reads them
 //     kSequences, kScheduled    as above; the second takes the first, and Fn::merge
@@ -66,15 +69,20 @@
 
 namespace ae {
 
-// The dynamic shared memory of a block: Q, then kStages tiles of K, then kStages tiles of V.
+// The dynamic shared memory of a block: Q, then kStages tiles of K, then kStages tiles of V unless
+// they are K's, then what warps that share rows exchange of a tile of scores.
 template <class Plan>
 struct ForwardShared {
   using Q = SharedTile<Plan::kBlockM, Plan::kD>;
   using K = SharedTile<Plan::kBlockN, Plan::kD>;
-  using V = SharedTile<Plan::kBlockN, Plan::kDv>;
+  using V = std::conditional_t<Plan::kSharedKV, TilePart<K, Plan::kDv>,
+                               SharedTile<Plan::kBlockN, Plan::kDv>>;
   static constexpr int kK = Q::kBytes;
-  static constexpr int kV = kK + Plan::kStages * K::kBytes;
-  static constexpr int kBytes = kV + Plan::kStages * V::kBytes;
+  static constexpr int kV = Plan::kSharedKV ? kK : kK + Plan::kStages * K::kBytes;
+  static constexpr int kExchange = kV + Plan::kStages * V::kBytes;
+  static constexpr int kExchangeBytes =
+      Plan::kColumnWarps > 1 ? Plan::kColumnWarps * Plan::kBlockM * Plan::kBlockN * 4 : 0;
+  static constexpr int kBytes = kExchange + kExchangeBytes;
 };
 
 template <class Plan, class Fn>
@@ -92,18 +100,27 @@ class Forward {
 
  private:
   static constexpr int kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN, kStages = Plan::kStages;
-  static constexpr int kWarpRows = kBlockM / Plan::kWarps;
-  static constexpr int kAtoms = kWarpRows / 16;      // blocks of 16 rows of a warp
-  static constexpr int kRows = 2 * kAtoms;           // rows of a thread
-  static constexpr int kKeys = kBlockN / 4;          // keys of a row and thread
-  static constexpr int kSums = VTile::kChunks * 2;   // output columns of a row and thread
+  static constexpr int kColumnWarps = Plan::kColumnWarps;
+  static constexpr int kRowWarps = Plan::kWarps / kColumnWarps;
+  static constexpr int kWarpRows = kBlockM / kRowWarps;
+  static constexpr int kAtoms = kWarpRows / 16;                       // blocks of 16 rows of a warp
+  static constexpr int kRows = 2 * kAtoms;                            // rows of a thread
+  static constexpr int kKeys = kBlockN / 4;                           // keys of a row and thread
+  static constexpr int kColumns = VTile::kChunks * 8 / kColumnWarps;  // of the output, of a warp
+  static constexpr int kSums = kColumns / 4;         // output columns of a row and thread
   static constexpr int kSteps = QTile::kChunks / 2;  // of 16 columns of Q and K
+  static constexpr int kOwnSteps = (kSteps + kColumnWarps - 1) / kColumnWarps;  // of a warp
   static constexpr int kStates = Fn::kStates > 0 ? Fn::kStates : 1;
   // Q as operands of the products stays in registers where the plan found room.
   static constexpr bool kHoldQ = Plan::kHoldQ;
 
   static_assert(Plan::kSharedBytes == Shared::kBytes, "the plan's shared memory total is wrong");
-  static_assert(kBlockM % (16 * Plan::kWarps) == 0, "warps split the rows in blocks of 16");
+  static_assert(kBlockM % (16 * kRowWarps) == 0, "warps split the rows in blocks of 16");
+  static_assert(kColumnWarps == 1 || Plan::kDv % (16 * kColumnWarps) == 0,
+                "warps that share rows split the columns in blocks of 16");
+  static_assert(!Plan::kSharedKV || (kColumnWarps > 1 && Plan::kDv <= Plan::kD),
+                "a tile of V within K is cleared of Inf after an exchange of scores");
+  static_assert(!Plan::kSharedKV || !(Fn::kHasKMod || Fn::kHasVMod), "mods change K, or V, alone");
   static_assert(kBlockN % 16 == 0 && kStages >= 2, "a tile of keys is whole steps of 16");
   static_assert(kKeys <= 32, "a thread's keys of a row are the bits of a word");
   static_assert(Plan::kSequences || !Plan::kScheduled, "a schedule is of sequences");
@@ -124,7 +141,7 @@ class Forward {
         shared_(shared),
         small_(small),
         lane_(int(threadIdx.x) % 32),
-        warp_row_(int(threadIdx.x) / 32 * kWarpRows) {}
+        warp_row_(int(threadIdx.x) / 32 % kRowWarps * kWarpRows) {}
 
   // Every thread of the block calls it.
   __device__ __forceinline__ void run() {
@@ -214,6 +231,15 @@ class Forward {
     return {params_.work, small_.walk.segment.slot};
   }
 
+  // Which of the warps that share rows this is.
+  __device__ __forceinline__ int column_warp() const {
+    if constexpr (kColumnWarps == 1) {
+      return 0;
+    } else {
+      return int(threadIdx.x) / 32 / kRowWarps;
+    }
+  }
+
   // The number of the thread's row r in the block.
   __device__ __forceinline__ int row_of(int r) const {
     return warp_row_ + r / 2 * 16 + r % 2 * 8 + lane_ / 4;
@@ -300,7 +326,9 @@ class Forward {
     } else {
       fill<KTile, Elem, kThreads>(k, count, k_.column_stride, k_vectors, k_row, NoMod{});
     }
-    if constexpr (Fn::kHasVMod) {
+    if constexpr (Plan::kSharedKV) {
+      return;
+    } else if constexpr (Fn::kHasVMod) {
       fill<VTile, Elem, kThreads>(v, count, v_.column_stride, v_vectors, v_row,
                                   mod([&](float x) { return Fn::v_mod(env_, x); }));
     } else {
@@ -328,7 +356,7 @@ class Forward {
 #pragma unroll
       for (int c = 0; c < kSums; ++c) o_[r][c] = 0;
     }
-    uint32_t q[kSteps][kAtoms][4];
+    uint32_t q[kOwnSteps][kAtoms][4];
     bool q_loaded = false;
     int slot = 0;
 #pragma unroll 1
@@ -343,7 +371,7 @@ class Forward {
       if constexpr (kHoldQ) {
         if (!q_loaded) {
 #pragma unroll
-          for (int step = 0; step < kSteps; ++step) load_q(step, q[step]);
+          for (int step = 0; step < kOwnSteps; ++step) load_q(own(step), q[step]);
           q_loaded = true;
         }
       }
@@ -363,19 +391,20 @@ class Forward {
   }
 
   __device__ __forceinline__ void attend(KeyTile tile, int slot, Mode mode,
-                                         uint32_t (&q)[kSteps][kAtoms][4]) {
+                                         uint32_t (&q)[kOwnSteps][kAtoms][4]) {
     char* k = shared_ + Shared::kK + slot * KTile::kBytes;
     char* v = shared_ + Shared::kV + slot * VTile::kBytes;
     float s[kRows][kKeys] = {};
     const auto k_reader = read_b<KTile>(k, lane_);
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      if constexpr (!kHoldQ) load_q(step, q[0]);
+    for (int step = 0; step < kOwnSteps; ++step) {
+      if (kSteps % kColumnWarps != 0 && own(step) >= kSteps) break;
+      if constexpr (!kHoldQ) load_q(own(step), q[0]);
       uint32_t (&a)[kAtoms][4] = q[kHoldQ ? step : 0];
 #pragma unroll
       for (int pair = 0; pair < kBlockN / 16; ++pair) {
         uint32_t b[4];
-        k_reader.load(16 * pair, 2 * step, b);
+        k_reader.load(16 * pair, 2 * own(step), b);
 #pragma unroll
         for (int m = 0; m < kAtoms; ++m) {
           multiply_add<Elem>(s[2 * m], s[2 * m + 1], 2 * pair, a[m], b[0], b[1]);
@@ -384,6 +413,7 @@ class Forward {
       }
     }
 
+    if constexpr (kColumnWarps > 1) exchange(s);
     const int count = keys_in(tile.index);
     if (tile.full && count == kBlockN) {
       weigh<false>(tile, count, s);
@@ -420,14 +450,45 @@ class Forward {
 #pragma unroll
     for (int step = 0; step < kBlockN / 16; ++step) {
 #pragma unroll
-      for (int pair = 0; pair < VTile::kChunks / 2; ++pair) {
+      for (int pair = 0; pair < kColumns / 16; ++pair) {
         uint32_t b[4];
-        v_reader.load_transposed(16 * step, 2 * pair, b);
+        v_reader.load_transposed(16 * step, column_warp() * (kColumns / 8) + 2 * pair, b);
 #pragma unroll
         for (int m = 0; m < kAtoms; ++m) {
           multiply_add<Elem>(o_[2 * m], o_[2 * m + 1], 2 * pair, w[step][m], b[0], b[1]);
           multiply_add<Elem>(o_[2 * m], o_[2 * m + 1], 2 * pair + 1, w[step][m], b[2], b[3]);
         }
+      }
+    }
+  }
+
+  // Step i of the products Q K^T that this warp computes.
+  __device__ __forceinline__ int own(int i) const { return column_warp() * kOwnSteps + i; }
+
+  // Adds up what the warps that share rows have of the scores: the same order, so the same bits, in
+  // all of them.
+  __device__ __forceinline__ void exchange(float (&s)[kRows][kKeys]) {
+    constexpr int kEach = kRows * kKeys * 32;
+    float* all = reinterpret_cast<float*>(shared_ + Shared::kExchange) + lane_;
+    float* own = all + int(threadIdx.x) / 32 * kEach;
+    // The tile before has been read: a barrier of the block came since.
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int c = 0; c < kKeys; ++c) own[(r * kKeys + c) * 32] = s[r][c];
+    }
+    __syncthreads();
+    all += int(threadIdx.x) / 32 % kRowWarps * kEach;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int c = 0; c < kKeys; ++c) {
+        float sum = all[(r * kKeys + c) * 32];
+#pragma unroll
+        for (int w = 1; w < kColumnWarps; ++w) {
+          sum += all[w * kRowWarps * kEach + (r * kKeys + c) * 32];
+        }
+        s[r][c] = sum;
       }
     }
   }
@@ -476,12 +537,14 @@ class Forward {
       float stats[Fn::kStats > 0 ? Fn::kStats : 1];
       float factor = 1;
       Fn::finalize(env_, rows_[r], state_[r], factor, stats);
-      if (lane_ % 4 == 0) small_.out_factors[row_of(r)] = factor;
+      if (lane_ % 4 == 0 && column_warp() == 0) small_.out_factors[row_of(r)] = factor;
       const bool alive = (alive_ >> r & 1) != 0;
 #pragma unroll
       for (int c = 0; c < kSums; ++c) o_[r][c] = alive ? o_[r][c] * factor : 0.0f;
-      store_row<Elem, Plan::kDv>(base + h * s[1] + q * s[2], s[3], vectors, exists, o_[r], lane_);
-      if (p_.stats != nullptr && exists && lane_ % 4 == 0) {
+      constexpr int kWidth = kColumnWarps == 1 ? Plan::kDv : kColumns;
+      store_row<Elem, kWidth>(base + h * s[1] + q * s[2] + column_warp() * kColumns * s[3], s[3],
+                              vectors, exists, o_[r], lane_);
+      if (p_.stats != nullptr && exists && lane_ % 4 == 0 && column_warp() == 0) {
         const int64_t* step = p_.stats_stride;
         float* to =
             static_cast<float*>(p_.stats) + tile.b * step[1] + h * step[2] + tile.first_row + q;
@@ -499,14 +562,14 @@ class Forward {
       const int row = row_of(r);
       if (row >= count) continue;
       const bool alive = (alive_ >> r & 1) != 0;
-      float* to = part.out(row) + lane_ % 4 * 2;
+      float* to = part.out(row) + column_warp() * kColumns + lane_ % 4 * 2;
 #pragma unroll
       for (int c = 0; c < kSums; c += 2) {
-        if (4 * c >= part.kPitch) break;
+        if (kColumnWarps == 1 && 4 * c >= part.kPitch) break;
         *reinterpret_cast<float2*>(to + 4 * c) =
             alive ? make_float2(o_[r][c], o_[r][c + 1]) : make_float2(0.0f, 0.0f);
       }
-      if (lane_ % 4 != 0) continue;
+      if (lane_ % 4 != 0 || column_warp() != 0) continue;
 #pragma unroll
       for (int n = 0; n < Fn::kStates; ++n) part.states(row)[n] = state_[r][n];
       part.alive(row) = alive ? 1.0f : 0.0f;
@@ -531,8 +594,11 @@ class Forward {
                       (tile.first_row + tile.q(row)) * s[2] + column * s[3];
       *out = narrow<Elem>(widen<Elem>(*out) + x * small_.out_factors[row]);
     };
-    each_nonfinite<VTile, Elem, kBlockM, kThreads, KTile::kBytes>(
-        v, k, w, [&](int r) { return row_of(r); }, add, lane_);
+    // K is no longer needed, unless V lies in it.
+    constexpr int kScratch = Plan::kSharedKV ? Shared::kExchangeBytes : KTile::kBytes;
+    char* scratch = Plan::kSharedKV ? shared_ + Shared::kExchange : k;
+    each_nonfinite<VTile, Elem, kBlockM, kThreads, kScratch>(
+        v, scratch, w, [&](int r) { return row_of(r); }, add, lane_);
   }
 };
 

@@ -28,6 +28,13 @@ struct SharedTile {
   }
 };
 
+// The first kWidth_ columns of a tile's rows.
+template <class Tile, int kWidth_>
+struct TilePart : Tile {
+  static constexpr int kWidth = kWidth_;
+  static constexpr int kChunks = (kWidth + 15) / 16 * 2;
+};
+
 // Rows of a tensor in global memory, from `first` on: `data` is element 0 of that row.
 struct GlobalRows {
   const uint16_t* data;

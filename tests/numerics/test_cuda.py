@@ -196,8 +196,11 @@ def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
 
 
 def test_large_head_dims_are_refused() -> None:
-    q, k, v = operands(4, 4, d=264)
-    with pytest.raises(NotImplementedError, match="head_dim=264.*256"):
+    q, k, v = operands(4, 4, d=584)
+    with pytest.raises(NotImplementedError, match="head_dim=584.*576"):
+        ae.compile(ae.AttentionSpec(), q, k, v, target="sm_80", backward=False)
+    q, k, v = operands(4, 4, d=288, dv=40)
+    with pytest.raises(NotImplementedError, match="value_dim=40.*multiple of 32"):
         ae.compile(ae.AttentionSpec(), q, k, v, target="sm_80", backward=False)
 
 

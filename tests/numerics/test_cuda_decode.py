@@ -75,6 +75,7 @@ class Batch:
         align_end: bool = True,
         values: Callable[[Tensor], Tensor] = lambda v: v,
         heads: tuple[int, int] = (HQ, HKV),
+        latent: bool = False,
     ) -> None:
         g = generator(sum(keys))
         hq, hkv = heads
@@ -86,7 +87,11 @@ class Batch:
         self.spec, self.align_end, self.heads = spec, align_end, heads
         self.q = [normal(1, hq, n, d) for n in each]
         self.k = [normal(1, hkv, n, d) for n in keys]
-        self.v = [values(normal(1, hkv, n, dv)) for n in keys]
+        if latent:  # values are the first columns of the keys
+            self.k = [values(k) for k in self.k]
+            self.v = [k[..., :dv] for k in self.k]
+        else:
+            self.v = [values(normal(1, hkv, n, dv)) for n in keys]
         self.want = [
             gate.Expectation(shifted(spec, b, k.shape[2] - q.shape[2] if align_end else 0),
                              q, k, v, grads=False)
@@ -370,3 +375,53 @@ def test_a_dense_kernel_refuses_sequences() -> None:
     x = Batch(ae.AttentionSpec(), (40, 3))
     with pytest.raises(ValueError, match="takes no sequences"):
         run(x.spec, cache(x), Form(), True)
+
+
+# -- wide heads: MLA -------------------------------------------------------------------------------
+
+LATENT, VALUES = 576, 512  # DeepSeek-V2's: 512 latent columns and 64 of the rotated key
+
+
+def latent(x: Batch, size: int) -> Call:
+    """Pages whose values are the first columns of the keys: a view, read once."""
+    call = pages(x, size)
+    return replace(call, v=call.k[..., :VALUES])
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_latent_attention_reads_the_cache_once(rows: int) -> None:
+    """8 heads and one latent: a tile of 16 rows, and one of 32 with rows of several queries."""
+    spec = ae.AttentionSpec(mask_mod=causal)
+    x = Batch(spec, (150, 0, 40), rows, d=LATENT, dv=VALUES, heads=(8, 1), latent=True)
+    form = replace(x.form, shared_kv=True)
+    call = latent(x, 16)
+    for policy in ("tiles", "streamk"):
+        library.host.set_schedule_policy(*POLICIES[policy])
+        x.check(call, form)
+        if policy == "tiles":
+            read = ptxsim.counters()["regions"]
+            assert read["k"]["read"] + read["v"]["read"] == (150 + 40) * LATENT * 2
+    with pytest.raises(ValueError, match="must be a view of k"):
+        run(spec, replace(call, v=call.v.contiguous()), form, True)
+
+
+def test_wide_heads_with_values_of_their_own() -> None:
+    x = Batch(ae.AttentionSpec(), (70, 33), d=LATENT, dv=VALUES, heads=(8, 1))
+    every(x, ["cache"], ["tiles", "split"])
+
+
+def test_inf_and_nan_in_a_latent() -> None:
+    """K holds them too: scores there are dead by the mask, and V's are cleared in K's tile."""
+
+    def poisoned(v: Tensor) -> Tensor:
+        v = v.clone()
+        if v.shape[2] > 50:
+            v[..., 50, :] = NAN
+        return v
+
+    spec = ae.AttentionSpec(mask_mod=lambda b, h, q, k: k != 50)
+    x = Batch(
+        spec, (90, 20), d=LATENT, dv=VALUES, heads=(8, 1), latent=True, values=poisoned
+    )  # fmt: skip
+    library.host.set_schedule_policy(*POLICIES["streamk"])
+    x.check(latent(x, 16), replace(x.form, shared_kv=True))

@@ -10,6 +10,7 @@ import json
 import pathlib
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,8 +21,10 @@ from torch import Tensor
 import attnengine as ae
 from attnengine import arch, dispatch, gate, library, nvcc, plan_cuda, target
 from attnengine.capture import captures_of_spec
+from attnengine.key import Form
 from attnengine.plan import Plan
 from tests import ptxsim
+from tests.cuda_cases import UserSoftmax
 
 GOLDEN = pathlib.Path(__file__).parent / "golden_cuda"
 UNITS: dict[str, tuple[Callable[[], ae.AttentionSpec], torch.dtype, int, int]] = {
@@ -200,10 +203,36 @@ def test_wide_dtypes_are_refused(dtype: torch.dtype) -> None:
 
 
 def test_long_heads_are_refused() -> None:
-    with pytest.raises(NotImplementedError, match="head_dim=264: sm_80 .* <= 256"):
-        pipeline(ae.AttentionSpec(), d=264)
-    with pytest.raises(NotImplementedError, match="value_dim=257: sm_80 .* <= 256"):
+    with pytest.raises(NotImplementedError, match="head_dim=577: sm_80 .* <= 576"):
+        pipeline(ae.AttentionSpec(), d=577)
+    with pytest.raises(NotImplementedError, match="value_dim=577: sm_80 .* <= 576"):
+        pipeline(ae.AttentionSpec(), dv=577)
+    with pytest.raises(NotImplementedError, match="value_dim=257: .* a multiple of 32"):
         pipeline(ae.AttentionSpec(), dv=257)
+
+
+def test_forms() -> None:
+    """Few rows take small tiles that keep the memory busy; parts need a merge."""
+    meaning = dispatch.serialize.load(pipeline(ae.AttentionSpec(), d=128, dv=128).sources.meaning)
+    for rows in (1, 16, 17, 32, 64):
+        form = Form.of_sequences(rows)
+        plan = dispatch.regenerated(meaning, "sm_80", form).forward_plans[0]
+        assert plan.block_m == form.decode_rows >= rows and plan.sequences
+        threads, held = 32 * plan.warps, plan.shared_bytes + plan_cuda.STATIC_SHARED
+        blocks = min(65536 // (256 * threads), (164 << 10) // held)
+        flying = blocks * (plan.stages - 1) * plan.block_n * 2 * (128 + 128)
+        assert flying >= 0.85 * plan_cuda.IN_FLIGHT
+        assert plan.slot_bytes == 4 * plan.block_m * (128 + 2 + 1) and plan.partition == "segments"
+    many = dispatch.regenerated(meaning, "sm_80", Form.of_sequences(65))
+    assert many.forward_plans[0].block_m >= 64 and many.forward_plans[0].slot_bytes == 0
+    assert many.forward_key.digest() != replace(many.forward_key, form=Form()).digest()
+    unmerged = pipeline(ae.AttentionSpec(row_func=UserSoftmax())).sources.meaning
+    plan = dispatch.regenerated(
+        dispatch.serialize.load(unmerged), "sm_80", Form.of_sequences(1)
+    ).forward_plans[0]
+    assert plan.slot_bytes == 0 and any("never split" in reason for reason in plan.reasons)
+    with pytest.raises(ValueError, match="decode_rows=24"):
+        Form(24, True)
 
 
 def test_old_devices_are_refused() -> None:

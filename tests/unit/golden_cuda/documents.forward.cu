@@ -10,6 +10,8 @@ struct Plan {
   static constexpr int kSharedBytes = 15360;
   static constexpr bool kPackGroup = true;
   static constexpr bool kHoldQ = true;
+  static constexpr int kColumnWarps = 1;
+  static constexpr bool kSharedKV = false;
   static constexpr bool kSequences = false;
   static constexpr bool kScheduled = false;
   static constexpr int kSlotBytes = 0;

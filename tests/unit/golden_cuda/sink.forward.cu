@@ -10,6 +10,8 @@ struct Plan {
   static constexpr int kSharedBytes = 40960;
   static constexpr bool kPackGroup = true;
   static constexpr bool kHoldQ = false;
+  static constexpr int kColumnWarps = 1;
+  static constexpr bool kSharedKV = false;
   static constexpr bool kSequences = false;
   static constexpr bool kScheduled = false;
   static constexpr int kSlotBytes = 0;
