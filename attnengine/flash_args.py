@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -47,17 +47,19 @@ def flash_spec(
     for an argument of the wrong kind and for any of them beside a spec, RuntimeError for arguments
     that are new inside torch.compile.
     """
-    if spec is not None:
-        return _alone(spec, causal, window_size, softcap, alibi_slopes, softmax_scale)
+    left, right = NO_WINDOW if window_size == NO_WINDOW else _window(window_size)
     if (
         alibi_slopes is None
         and not causal
         and softmax_scale is None
         and softcap == 0
-        and tuple(window_size) == NO_WINDOW
+        and left == right == -1
+        and (spec is None or isinstance(spec, AttentionSpec))
     ):
-        return PLAIN
-    left, right = _window(window_size)
+        return PLAIN if spec is None else spec
+    if spec is not None:
+        window = (left, right) != NO_WINDOW
+        _refuse_both(spec, causal, window, softcap, alibi_slopes, softmax_scale)
     cap = _number("softcap", softcap)
     if cap < 0:
         raise ValueError(f"softcap={cap}: expected a number above 0, or 0 for none")
@@ -76,22 +78,20 @@ def flash_spec(
     return found[0]
 
 
-def _alone(
-    spec: Any, causal: Any, window: Any, softcap: Any, slopes: Any, scale: Any
-) -> AttentionSpec:
+def _refuse_both(
+    spec: Any, causal: Any, window: bool, softcap: Any, slopes: Any, scale: Any
+) -> NoReturn:
     if not isinstance(spec, AttentionSpec):
         raise TypeError(f"spec must be an attnengine.AttentionSpec, got {type(spec).__name__}")
     given = {
-        "causal": bool(causal), "window_size": tuple(window) != NO_WINDOW, "softcap": softcap != 0,
+        "causal": bool(causal), "window_size": window, "softcap": softcap != 0,
         "alibi_slopes": slopes is not None, "softmax_scale": scale is not None,
     }  # fmt: skip
     names = [name for name, is_given in given.items() if is_given]
-    if names:
-        raise ValueError(
-            f"spec and {', '.join(names)} are both given; write {'them' if names[1:] else 'it'} "
-            "into the spec (score_mod, mask_mod, scale), or leave spec=None"
-        )
-    return spec
+    raise ValueError(
+        f"spec and {', '.join(names)} are both given; write {'them' if names[1:] else 'it'} into "
+        "the spec (score_mod, mask_mod, scale), or leave spec=None"
+    )
 
 
 def _window(window: Any) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -91,6 +92,11 @@ def attention_with_kvcache(
 
     Returns:
         out [B, Lq, Hq, Dv], or (out, lse [B, Hq, Lq] float32). Rows without a key give 0 and -inf.
+
+    Differences from flash-attn: pages of 16 tokens and more (flash-attn: 256); fp32 and fp64 too;
+    v_cache may have a head dim of its own; block_table and cache_leftpad go together; sequences
+    must not append to one place; causal with more rows than keys is refused, not 0; rotary_cos
+    may be shorter than the cache on the CPU.
 
     Raises:
         TypeError, ValueError: an argument does not fit; names it, its value and the limit. On the
@@ -223,7 +229,7 @@ def _refuse_gradients(handle: Handle, operands: tuple) -> None:
 def _lengths(given: Any, q: Tensor) -> Tensor:
     if isinstance(given, Tensor):
         return _table("cache_seqlens", given, 1)
-    if isinstance(given, bool) or not isinstance(given, (int, torch.SymInt)):
+    if isinstance(given, bool) or not isinstance(given, (int, Integral, torch.SymInt)):
         raise TypeError(f"cache_seqlens={given!r}: expected an integer or an int32 tensor [B]")
     return torch.full((q.shape[0],), given, dtype=_int32, device=q.device)  # type: ignore[arg-type]
 

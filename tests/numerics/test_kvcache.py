@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
 from caches import Cache
+from hypothesis import given
 from problems import BF16, F16, F32, HEADS, D, alibi, gathers, generator, operand_mods, sink
 from torch import Tensor
 
@@ -112,6 +114,27 @@ def test_latent_attention(L: int, page: int | None, latent: bool) -> None:
     """DeepSeek's head dims: 512 of the latent, which are the values, and 64 of the positions."""
     sizes: dict[str, Any] = {"heads": (16, 1), "d": 576, "dv": 512, "latent": latent}
     check(Cache(BF16, (70, 0, 200), L=L, new=L, page=page, **sizes), causal=True)
+
+
+lengths = st.sampled_from([0, 1, 15, 16, 17, 63, 64, 65, 128]) | st.integers(0, 140)
+
+
+@given(
+    sequences=st.lists(st.tuples(lengths, st.integers(0, 9)), min_size=1, max_size=5),
+    L=st.sampled_from([1, 1, 2, 3, 5, 17]),
+    new=st.sampled_from([0, 1, 3, 20]),
+    page=st.sampled_from([None, 16, 48, 64]),
+    heads=st.sampled_from([(1, 1), (4, 2), (8, 1), (6, 3)]),
+    dtype=st.sampled_from([F32, BF16]),
+)
+def test_any_cache(
+    sequences: list, L: int, new: int, page: int | None, heads: tuple, dtype: torch.dtype
+) -> None:
+    """Causal where every row has a key."""
+    ends = [n for n, _ in sequences]
+    pads = [min(n, pad) for n, pad in sequences]
+    fewest = min(n - p + new for n, p in zip(ends, pads, strict=True))
+    check(Cache(dtype, ends, L, new, page, heads, leftpad=pads), causal=fewest >= L)
 
 
 def test_a_cache_shared_by_all_sequences() -> None:

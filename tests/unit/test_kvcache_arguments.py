@@ -137,6 +137,10 @@ def cases() -> Iterator[Any]:
     )
     yield case("no spec", dense, TypeError, "spec must be an attnengine.AttentionSpec", spec=3)
     yield case("window of one number", dense, TypeError, "window_size=5", window_size=5)
+    yield case(
+        "window of one number, not causal", dense, TypeError, "window_size=5",
+        window_size=5, causal=False,
+    )  # fmt: skip
     yield case("window below -1", dense, ValueError, r"window_size=\(-2, 0\)", window_size=(-2, 0))
     yield case("softcap", dense, ValueError, "softcap=-1.0", softcap=-1.0)
     yield case("softmax_scale", dense, ValueError, "softmax_scale=nan", softmax_scale=float("nan"))
