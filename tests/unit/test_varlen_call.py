@@ -266,6 +266,30 @@ def test_opcheck_of_the_traceable_operators(attn: ae.Handle, portable: bool) -> 
         )
 
 
+def test_padded_keys(attn: ae.Handle, bias: Tensor) -> None:
+    """The operators take q [B, H, L, D] and a length of each batch row's keys as well."""
+    g = torch.Generator().manual_seed(0)
+    sizes = (3, 4, 5, D), (3, 2, 11, D), (3, 2, 11, D)
+    x = [torch.randn(s, generator=g).requires_grad_() for s in sizes]
+    lengths = [11, 0, 4]
+    tables = (None, None, None, torch.tensor(lengths, dtype=torch.int32), None, None, 5, 11, 0)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return varlen(q, k, v, attn.tensors, attn.key, attn.scale, *tables, False)[0]
+
+    def each(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = [
+            ae.attention(q[b : b + 1], k[b : b + 1, :, :n], v[b : b + 1, :, :n], attn.spec)
+            for b, n in enumerate(lengths)
+        ]
+        return torch.cat(parts)
+
+    near(gradients(run, *x, bias), gradients(each, *x, bias))
+    shared = [x[0], *(y[:1] for y in x[1:])]
+    with pytest.raises(ValueError, match="shared by 3 sequences.*expand"):
+        run(*shared).sum().backward()
+
+
 def both(f: Callable, cu: Any, *x: Tensor, more: Any = ()) -> list[Tensor]:
     return gradients(lambda q, k, v: f(q, k, v, *cu), *x, *more)
 
