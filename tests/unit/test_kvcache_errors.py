@@ -299,6 +299,14 @@ def test_entries_beyond_the_length_are_not_looked_at() -> None:
     assert ae.attention_with_kvcache(**a).isfinite().all()
 
 
+def test_a_page_in_which_no_key_is_left_is_not_looked_at() -> None:
+    a = paged(new=0)
+    a["block_table"][1, 1] = -1
+    a |= {"cache_leftpad": ints(0, 30, 0), "causal": False}
+    out = ae.attention_with_kvcache(**a)
+    assert (out[1] == 0).all() and out.isfinite().all()
+
+
 def test_shared_pages_are_read_and_kept_when_others_are_appended_to() -> None:
     a = paged()
     shared = a["k_cache"][5].clone()
