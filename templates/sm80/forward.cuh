@@ -17,42 +17,7 @@
 // of any lengths. With kScheduled a thread block walks its segments (cuda/work.cuh): of an output
 // that it has whole it writes the result, of others partial results, which ae_combine merges.
 //
-// The generated unit defines
-//
-//   struct Plan
-//     Elem                      bf16 or f16 operands; sums are fp32
-//     kD, kDv                   head dimensions of Q and K, and of V: any up to 256
-//     kBlockM, kBlockN          rows and keys of a score tile
-//     kWarps, kStages           warps split the rows; tiles of K and V in the ring
-//     kColumnWarps              so many warps share rows: each takes some columns of Q K^T's sums,
-//                               which they exchange, and of the output; 1: none do
-//     kSharedKV                 V is the first kDv columns of K (MLA's latent): read once
-//     kPackGroup                the query heads of a kv head share row tiles
-//     kHoldQ                    Q's operands stay in registers, else each tile of keys reads them
-//     kSequences, kScheduled    as above; the second takes the first, and Fn::merge
-//     kSharedBytes              the planned total of dynamic shared memory
-//     kSlotBytes                with kScheduled, of a partial result
-//   struct Fn
-//     kStates, kStats, kUserStats, kCaptures, kMaskCaptures (bits), kHasMask, kHasQMod, kHasKMod,
-//     kHasVMod
-//     Row make_row(env, b, h, q)               what does not depend on the key
-//     init(env, row, float* state)
-//     merge(env, row, const float* a, const float* b, float* merged, float& fa, float& fb)
-//         with kScheduled: the state of two parts, and the factors of their outputs
-//     bool tile_row<kPartial>(env, row, scale, float (&s)[kBlockN / 4], float* state, float&
-//     factor,
-//                             kv0, ncols, mask_full, lane)
-//         s[c]: raw dot product with key kv0 + column(c, lane); becomes its weight, 0 for dead
-//         keys. The quad of lanes that share a row, and so the warp, call it together. kPartial =
-//         false: every key exists and is live under the mask. Returns whether the row has a live
-//         key; if not, state is untouched and factor is 1.
-//     finalize(env, row, const float* state, float& out_factor, float* stats)    stats may be null
-//     Interval classify(interval_env, b, h, q, k)                                with kHasMask
-//     float q_mod(env, float), k_mod, v_mod                                      with kHas*Mod
-//
-// and ends with AE_EXPORT_FORWARD(Plan, Fn) or AE_EXPORT_SEQUENCES(Plan, Fn),
-// AE_EXPORT_TABLES(Plan, Fn) where kMaskCaptures is not 0, and with kScheduled
-// AE_EXPORT_SCHEDULE(Plan, Fn) and AE_EXPORT_COMBINE(Plan, Fn).
+// What the generated unit defines, Plan and Fn, is in sm80/forward_unit.cuh.
 #pragma once
 #include "common/env.h"
 #include "cuda/capture.cuh"
@@ -63,27 +28,13 @@
 #include "cuda/row_tile.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/tables.cuh"
+#include "sm80/forward_shared.cuh"
+#include "sm80/forward_unit.cuh"
 #include "sm80/nonfinite.cuh"
 #include "sm80/product.cuh"
 #include "sm80/store.cuh"
 
 namespace ae {
-
-// The dynamic shared memory of a block: Q, then kStages tiles of K, then kStages tiles of V unless
-// they are K's, then what warps that share rows exchange of a tile of scores.
-template <class Plan>
-struct ForwardShared {
-  using Q = SharedTile<Plan::kBlockM, Plan::kD>;
-  using K = SharedTile<Plan::kBlockN, Plan::kD>;
-  using V = std::conditional_t<Plan::kSharedKV, TilePart<K, Plan::kDv>,
-                               SharedTile<Plan::kBlockN, Plan::kDv>>;
-  static constexpr int kK = Q::kBytes;
-  static constexpr int kV = Plan::kSharedKV ? kK : kK + Plan::kStages * K::kBytes;
-  static constexpr int kExchange = kV + Plan::kStages * V::kBytes;
-  static constexpr int kExchangeBytes =
-      Plan::kColumnWarps > 1 ? Plan::kColumnWarps * Plan::kBlockM * Plan::kBlockN * 4 : 0;
-  static constexpr int kBytes = kExchange + kExchangeBytes;
-};
 
 template <class Plan, class Fn>
 class Forward {
@@ -255,9 +206,15 @@ class Forward {
       return narrow<Elem>(f(widen<Elem>(x)));
     }
   };
-  template <class F>
-  __device__ static __forceinline__ Mod<F> mod(F f) {
-    return {f};
+  template <class Tile, bool kModified, class RowOf, class F>
+  __device__ __forceinline__ void fill_modified(char* tile, int count, int64_t column_stride,
+                                                bool vectors, const RowOf& row_of,
+                                                const F& f) const {
+    if constexpr (kModified) {
+      fill<Tile, Elem, kThreads>(tile, count, column_stride, vectors, row_of, Mod<F>{f});
+    } else {
+      fill<Tile, Elem, kThreads>(tile, count, column_stride, vectors, row_of, NoMod{});
+    }
   }
 
   // Starts copying Q, and computes what the row function needs of each row.
@@ -279,12 +236,8 @@ class Forward {
         static_cast<const uint16_t*>(p_.q) + tile.b * s[0] + tile.first_row * s[2];
     const bool vectors = GlobalRows{base, s[2], s[3]}.aligned() && s[1] % kChunkElements == 0;
     const auto row = [&](int i) { return base + tile.h(i) * s[1] + tile.q(i) * s[2]; };
-    if constexpr (Fn::kHasQMod) {
-      fill<QTile, Elem, kThreads>(shared_, tile.count, s[3], vectors, row,
-                                  mod([&](float x) { return Fn::q_mod(env_, x); }));
-    } else {
-      fill<QTile, Elem, kThreads>(shared_, tile.count, s[3], vectors, row, NoMod{});
-    }
+    fill_modified<QTile, Fn::kHasQMod>(shared_, tile.count, s[3], vectors, row,
+                                       [&](float x) { return Fn::q_mod(env_, x); });
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int i = row_of(r) < tile.count ? row_of(r) : tile.count - 1;
@@ -320,19 +273,11 @@ class Forward {
   template <class KRow, class VRow>
   __device__ __forceinline__ void copy(char* k, char* v, int count, bool k_vectors, bool v_vectors,
                                        const KRow& k_row, const VRow& v_row) const {
-    if constexpr (Fn::kHasKMod) {
-      fill<KTile, Elem, kThreads>(k, count, k_.column_stride, k_vectors, k_row,
-                                  mod([&](float x) { return Fn::k_mod(env_, x); }));
-    } else {
-      fill<KTile, Elem, kThreads>(k, count, k_.column_stride, k_vectors, k_row, NoMod{});
-    }
-    if constexpr (Plan::kSharedKV) {
-      return;
-    } else if constexpr (Fn::kHasVMod) {
-      fill<VTile, Elem, kThreads>(v, count, v_.column_stride, v_vectors, v_row,
-                                  mod([&](float x) { return Fn::v_mod(env_, x); }));
-    } else {
-      fill<VTile, Elem, kThreads>(v, count, v_.column_stride, v_vectors, v_row, NoMod{});
+    fill_modified<KTile, Fn::kHasKMod>(k, count, k_.column_stride, k_vectors, k_row,
+                                       [&](float x) { return Fn::k_mod(env_, x); });
+    if constexpr (!Plan::kSharedKV) {
+      fill_modified<VTile, Fn::kHasVMod>(v, count, v_.column_stride, v_vectors, v_row,
+                                         [&](float x) { return Fn::v_mod(env_, x); });
     }
   }
 
@@ -413,7 +358,10 @@ class Forward {
       }
     }
 
-    if constexpr (kColumnWarps > 1) exchange(s);
+    if constexpr (kColumnWarps > 1) {
+      // The tile before has been read: a barrier of the block came since.
+      exchange_scores<kRowWarps, kColumnWarps>(shared_ + Shared::kExchange, s);
+    }
     const int count = keys_in(tile.index);
     if (tile.full && count == kBlockN) {
       weigh<false>(tile, count, s);
@@ -464,34 +412,6 @@ class Forward {
 
   // Step i of the products Q K^T that this warp computes.
   __device__ __forceinline__ int own(int i) const { return column_warp() * kOwnSteps + i; }
-
-  // Adds up what the warps that share rows have of the scores: the same order, so the same bits, in
-  // all of them.
-  __device__ __forceinline__ void exchange(float (&s)[kRows][kKeys]) {
-    constexpr int kEach = kRows * kKeys * 32;
-    float* all = reinterpret_cast<float*>(shared_ + Shared::kExchange) + lane_;
-    float* own = all + int(threadIdx.x) / 32 * kEach;
-    // The tile before has been read: a barrier of the block came since.
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-      for (int c = 0; c < kKeys; ++c) own[(r * kKeys + c) * 32] = s[r][c];
-    }
-    __syncthreads();
-    all += int(threadIdx.x) / 32 % kRowWarps * kEach;
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-      for (int c = 0; c < kKeys; ++c) {
-        float sum = all[(r * kKeys + c) * 32];
-#pragma unroll
-        for (int w = 1; w < kColumnWarps; ++w) {
-          sum += all[w * kRowWarps * kEach + (r * kKeys + c) * 32];
-        }
-        s[r][c] = sum;
-      }
-    }
-  }
 
   // Scores to weights, row by row; sums so far are scaled by each row's factor.
   template <bool kPartial>
@@ -603,28 +523,3 @@ class Forward {
 };
 
 }  // namespace ae
-
-#define AE_EXPORT_FORWARD(Plan, Fn)                                              \
-  extern "C" __global__ void __launch_bounds__(ae::Forward<Plan, Fn>::kThreads)  \
-      ae_forward(const __grid_constant__ ae::Forward<Plan, Fn>::Params params) { \
-    extern __shared__ __align__(128) char ae_shared[];                           \
-    __shared__ ae::Forward<Plan, Fn>::Small small;                               \
-    ae::Forward<Plan, Fn>(params, ae_shared, small).run();                       \
-  }
-
-// The same for kernels of sequences. A block of one warp: without "at least 1 block" ptxas takes
-// 128 registers at most where there is an array in local memory, and spills.
-#define AE_EXPORT_SEQUENCES(Plan, Fn)                                              \
-  extern "C" __global__ void __launch_bounds__(ae::Forward<Plan, Fn>::kThreads, 1) \
-      ae_forward(const __grid_constant__ ae::Forward<Plan, Fn>::Params params) {   \
-    extern __shared__ __align__(128) char ae_shared[];                             \
-    __shared__ ae::Forward<Plan, Fn>::Small small;                                 \
-    ae::Forward<Plan, Fn>(params, ae_shared, small).run();                         \
-  }
-
-// Fills the block tables of the mask; the launcher calls it where there are any.
-#define AE_EXPORT_TABLES(Plan, Fn)                                              \
-  extern "C" __global__ void __launch_bounds__(ae::kTableThreads)               \
-      ae_tables(const __grid_constant__ ae::Forward<Plan, Fn>::Params params) { \
-    ae::build_tables_device(params);                                            \
-  }
