@@ -425,3 +425,23 @@ def test_inf_and_nan_in_a_latent() -> None:
     )  # fmt: skip
     library.host.set_schedule_policy(*POLICIES["streamk"])
     x.check(latent(x, 16), replace(x.form, shared_kv=True))
+
+
+# -- how calls find their kernel -------------------------------------------------------------------
+
+
+def test_a_handle_and_the_traceable_operator_find_the_kernel() -> None:
+    x = Batch(ae.AttentionSpec(), (130, 5))
+    call = pages(x, 16)
+    handle = ae.compile(x.spec, x.q[0], x.k[0], x.v[0], target="sm_80", backward=False)
+    kernel = handle.sequences_id(call.q, call.k, call.v, 1)
+    assert library.kernel_info(kernel).cuda.block_m == 16
+    assert not library.kernel_info(handle.id).cuda.sequences
+    names = ("q_start", "q_end", "key_start", "key_end", "kv_row", "pages")
+    tables = [call.tables.get(n) for n in names]
+    library.host.set_schedule_policy(*POLICIES["streamk"])
+    out, _ = torch.ops.attnengine.attention_sequences(
+        call.q, call.k, call.v, [], handle.key, 64**-0.5, *tables, 1, 1 << 20, 0, True
+    )
+    for b, want in enumerate(x.want):
+        want.judge(out[b : b + 1], {}, want.inputs)
