@@ -14,6 +14,7 @@ from torch import Tensor
 import attnengine as ae
 from attnengine import dispatch, gate, library
 from attnengine.key import Form
+from attnengine.target import isa_of
 from tests import ptxsim
 from tests.cuda_cases import UserSoftmax
 from tests.numerics.problems import generator
@@ -134,6 +135,11 @@ class Call:
     starts: list[int] | None = None  # of packed rows
     max_rows: int = 0
 
+    def to(self, device: str) -> Call:
+        tables = {name: table.to(device) for name, table in self.tables.items()}
+        q, k, v = (x.to(device) for x in (self.q, self.k, self.v))
+        return replace(self, q=q, k=k, v=v, tables=tables)
+
 
 def _int32(x: Any) -> Tensor:
     return torch.as_tensor(x, dtype=torch.int32)
@@ -209,7 +215,8 @@ def run(
 ) -> tuple[Any, Tensor, Tensor]:
     captures = dispatch.captures_for(spec)
     d, dv = call.q.shape[3], call.v.shape[3]
-    program = dispatch.program(spec, captures, call.q.dtype, d, dv, "sm_80", form)
+    isa = "sm_80" if call.q.device.type == "cpu" else isa_of(call.q)
+    program = dispatch.program(spec, captures, call.q.dtype, d, dv, isa, form)
     tensors = dispatch.bound_tensors(program, captures)
     names = ("q_start", "q_end", "key_start", "key_end", "kv_row", "pages")
     tables = [call.tables.get(n) for n in names]
@@ -217,14 +224,19 @@ def run(
         call.q, call.k, call.v, tensors, program.forward(), d**-0.5, True, *tables,
         call.max_rows or call.q.shape[2], 1 << 20, call.key_more, align_end,
     )  # fmt: skip
-    return program, out, stats
+    return program, out.cpu(), stats.cpu()
 
 
-def every(x: Batch, layouts: Sequence[str], policies: Sequence[str] = tuple(POLICIES)) -> None:
+def every(
+    x: Batch,
+    layouts: Sequence[str],
+    policies: Sequence[str] = tuple(POLICIES),
+    device: str = "cpu",
+) -> None:
     """All layouts with all policies, each in another order of execution."""
     seed = 0
     for layout in layouts:
-        call = LAYOUTS[layout](x)
+        call = LAYOUTS[layout](x).to(device)
         for name in policies:
             seed += 1
             library.host.set_schedule_policy(*POLICIES[name])
@@ -445,3 +457,19 @@ def test_a_handle_and_the_traceable_operator_find_the_kernel() -> None:
     )
     for b, want in enumerate(x.want):
         want.judge(out[b : b + 1], {}, want.inputs)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the tests above simulate one")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_on_a_gpu(layout: str) -> None:
+    """The same on hardware, where blocks run together and lengths are beyond a simulator's."""
+    window = ae.variants.sliding_window(1500).mask_mod
+    for spec, rows in (
+        (ae.AttentionSpec(), 1),
+        (ae.AttentionSpec(mask_mod=causal), 3),
+        (ae.AttentionSpec(mask_mod=window, row_func=MergedSoftmax()), 7),
+    ):
+        x = Batch(spec, (4000, 8, 1, 20000, 333), rows, d=128, dv=128, heads=(8, 2))
+        every(x, [layout], [*POLICIES], "cuda")
+        library.host.set_schedule_policy(-1)
+        x.check(LAYOUTS[layout](x).to("cuda"))
