@@ -122,21 +122,39 @@ AE_INLINE void store_part(A* to, V x, int i) {
   store_vector(to, parts[i]);
 }
 
+// What is fetched into the second cache while row j is read: the row at rows[j] + offset, and the
+// one at more[j] where there are more.
+template <class E>
+struct Fetch {
+  const E* const* rows;
+  int64_t offset;
+  const E* const* more;
+
+  AE_INLINE Fetch from(int64_t j) const {
+    return {rows + j, offset, more != nullptr ? more + j : nullptr};
+  }
+  AE_INLINE void operator()(int64_t j, int64_t d) const {
+    __builtin_prefetch(rows[j] + offset + d, 0, 2);
+    if (more != nullptr) __builtin_prefetch(more[j] + d, 0, 2);
+  }
+};
+
 // Rows of keys or values in memory: row j at rows[j] + offset. Where 16 and more follow each other
-// `stride` elements apart they are addressed from the first. While row j is used, the D elements at
-// ahead[j] + ahead_offset are fetched.
+// `stride` elements apart they are addressed from the first.
 template <class E>
 struct MemoryRows {
   const E* const* rows;
-  const E* const* ahead;
-  int64_t offset, ahead_offset, stride;
+  int64_t offset, stride;
+  Fetch<E> fetch;
+
+  AE_INLINE MemoryRows from(int64_t j) const { return {rows + j, offset, stride, fetch.from(j)}; }
 };
 
 // Scores of kRows query rows and W / kRows keys, so that a key is loaded once for all these rows
 // and the sums over lanes share their rounds.
 template <class Acc, class M, int D, class E, int kRows, int... J>
 AE_INLINE void direct_block(const M* q, int64_t q_row, const RowAddresses& keys,
-                            const E* const* ahead, int64_t ahead_offset, Acc* scores, int64_t ld,
+                            const Fetch<E>* fetch, Acc* scores, int64_t ld,
                             std::integer_sequence<int, J...>) {
   using Step = GemmStep<Acc, M>;
   using V = typename Step::V;
@@ -146,7 +164,7 @@ AE_INLINE void direct_block(const M* q, int64_t q_row, const RowAddresses& keys,
   for (int i = 0; i < W; ++i) sum[i] = V{};
 #pragma GCC unroll 1
   for (int d = 0; d < D; d += kLanes) {
-    if (ahead != nullptr) (__builtin_prefetch(ahead[J] + ahead_offset + d, 0, 2), ...);
+    if (fetch != nullptr) ((*fetch)(J, d), ...);
     if constexpr (kRows == 1) {  // sixteen keys beside sixteen sums do not fit in registers
       const V x = load_key<Acc, M>(q + d);
       ((sum[J] = add_key<Acc, M>(sum[J], x, reinterpret_cast<const E*>(keys.at<J>()) + d)), ...);
@@ -176,7 +194,7 @@ AE_INLINE void direct_block(const M* q, int64_t q_row, const RowAddresses& keys,
 // W keys for all rows.
 template <class Acc, class M, int D, class E>
 AE_INLINE void direct_keys(int m, const M* q, int64_t q_row, const E* first, int64_t row_bytes,
-                           const E* const* ahead, int64_t ahead_offset, Acc* scores, int64_t ld) {
+                           const Fetch<E>& fetch, Acc* scores, int64_t ld) {
   constexpr int W = Lanes<Acc>::W;
   int i = 0;
   const auto rows = [&]<int kRows>() {
@@ -184,8 +202,9 @@ AE_INLINE void direct_keys(int m, const M* q, int64_t q_row, const E* first, int
     for (; i + kRows <= m; i += kRows) {
       RowAddresses keys(first, row_bytes);
       for (int j = 0; j < W; j += kKeys, keys.skip(kKeys)) {
-        direct_block<Acc, M, D, E, kRows>(q + i * q_row, q_row, keys, i == 0 ? ahead + j : nullptr,
-                                          ahead_offset, scores + i * ld + j, ld,
+        const Fetch<E> with = fetch.from(j);
+        direct_block<Acc, M, D, E, kRows>(q + i * q_row, q_row, keys, i == 0 ? &with : nullptr,
+                                          scores + i * ld + j, ld,
                                           std::make_integer_sequence<int, kKeys>());
       }
     }
@@ -218,8 +237,8 @@ __attribute__((noinline)) void direct_scores(int m, const M* q, int64_t q_row, M
       }
       first = copy, stride = D;
     }
-    direct_keys<Acc, M, D, E>(m, q, q_row, first, stride * int64_t(sizeof(E)), k.ahead + j,
-                              k.ahead_offset, scores + j, ld);
+    direct_keys<Acc, M, D, E>(m, q, q_row, first, stride * int64_t(sizeof(E)), k.fetch.from(j),
+                              scores + j, ld);
   }
 }
 
@@ -277,8 +296,7 @@ AE_INLINE void values_block(int n, const M* weights, int64_t ldw, const MemoryRo
     if constexpr (kFetch) {
 #pragma GCC unroll 8
       for (int c = 0; c < kRegs * W; c += kLine) {
-        for (int i = 0; i < kPair; ++i)
-          __builtin_prefetch(v.ahead[s + i] + v.ahead_offset + column + c, 0, 2);
+        for (int i = 0; i < kPair; ++i) v.fetch(s + i, column + c);
       }
     }
     V bv[kRegs];

@@ -336,10 +336,12 @@ class Forward {
     });
     LiveTiles tiles(runs_here, runs_of(output, runs_here), segment);
     LiveTile next = tiles.next();
+    bool first = true;
     while (next.index >= 0) {
       const LiveTile tile = next;
       next = tiles.next();
-      add_tile(output, tile, next, rows, q, sums, scratch);
+      add_tile(output, tile, next, first, rows, q, sums, scratch);
+      first = false;
     }
     if (segment.slot < 0) return finish(output, rows, sums);
     output.each_part(cut_, [&](const Tile& tile, int64_t at) {
@@ -364,8 +366,10 @@ class Forward {
   // ---- one tile of keys ----
   // Of all heads of an output; meanwhile the rows of `next` are fetched, in the order of the
   // memory.
-  void add_tile(const Output& o, LiveTile live, LiveTile next, const Rows& rows, const M* q,
-                Acc* sums, char* scratch) const {
+  void add_tile(const Output& o, LiveTile live, LiveTile next, bool first, const Rows& rows,
+                const M* q, Acc* sums, char* scratch) const {
+    const auto k_next = (const Elem**)(scratch + at_.k_next);
+    const auto v_next = (const Elem**)(scratch + at_.v_next);
     KeyTile keys{};
     keys.first = live.index * cut_.tile_keys;
     keys.count = keys_in(o.s, live.index);
@@ -373,6 +377,10 @@ class Forward {
     if (!cut_.pack_ahead) {
       keys.k_rows = address(o, p_.k, p_.k_stride, live, next, scratch + at_.k_rows);
       keys.v_rows = address(o, p_.v, p_.v_stride, live, next, scratch + at_.v_rows);
+      if (o.heads > 1) {
+        in_memory_order(o, keys.k_rows + cut_.tile_keys, p_.k_stride[1], k_next);
+        in_memory_order(o, keys.v_rows + cut_.tile_keys, p_.v_stride[1], v_next);
+      }
     }
     for (int64_t i = 0; i < o.heads; ++i) {
       const int64_t head = o.head + i;
@@ -386,12 +394,18 @@ class Forward {
       } else {
         keys.k = (M*)(scratch + Scratch::kK), keys.v = (M*)(scratch + Scratch::kV);
         keys.k_packed = keys.v_packed = false;
-        // What is read next: the same keys of the next head, or the keys after these.
-        const bool last = i + 1 == o.heads;
-        const int64_t skip = last ? cut_.keys_ahead() : 0, next_head = last ? o.head : head + 1;
-        keys.k_ahead = keys.k_rows + skip, keys.v_ahead = keys.v_rows + skip;
-        keys.k_ahead_offset = next_head * p_.k_stride[1];
-        keys.v_ahead_offset = next_head * p_.v_stride[1];
+        const int64_t n = cut_.tile_keys, at = i * n;
+        if (o.heads == 1) {
+          keys.k_fetch = {keys.k_rows + cut_.keys_ahead(), keys.k_offset, nullptr};
+          keys.v_fetch = {keys.v_rows + cut_.keys_ahead(), keys.v_offset, nullptr};
+        } else if (!first) {
+          keys.k_fetch = {k_next + at, 0, nullptr}, keys.v_fetch = {v_next + at, 0, nullptr};
+        } else {
+          // Nobody has fetched the first tile: each head fetches the next one's keys too.
+          const int64_t next_head = i + 1 < o.heads ? head + 1 : head;
+          keys.k_fetch = {keys.k_rows, next_head * p_.k_stride[1], k_next + at};
+          keys.v_fetch = {keys.v_rows, next_head * p_.v_stride[1], v_next + at};
+        }
       }
       o.each_part(cut_, head, [&](const Tile& tile, int64_t at) {
         add_keys(tile, keys, rows.from(at), query_rows(o, tile, q, at), sums + at * kOutPitch,
@@ -420,6 +434,15 @@ class Forward {
     }
     for (; filled < wanted; ++filled) rows[filled] = rows[filled - 1];
     return rows;
+  }
+
+  // The rows of all heads of the tile at `rows` as they lie: key after key.
+  void in_memory_order(const Output& o, const Elem* const* rows, int64_t head_stride,
+                       const Elem** out) const {
+    for (int64_t j = 0; j < cut_.tile_keys; ++j) {
+      const Elem* row = rows[j] + o.head * head_stride;
+      for (int64_t h = 0; h < o.heads; ++h) *out++ = row + h * head_stride;
+    }
   }
 
   // The columns of a tile in which some key of these rows may be live.

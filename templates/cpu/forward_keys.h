@@ -8,9 +8,6 @@
 
 namespace ae {
 
-// Up to this many rows, keys and values are read where they lie; beyond, packing a tile pays off.
-constexpr int kDirectRows = 8;
-
 // Packing fetches what it reads this many rows later.
 constexpr int64_t kPackAhead = 48;
 
@@ -37,9 +34,8 @@ struct ForwardKeyTile {
   int count;
   bool full;                                  // the mask holds for every pair
   const Elem *const *k_rows, *const *v_rows;  // null: packed ahead
-  const Elem *const *k_ahead, *const *v_ahead;
-  int64_t k_offset, v_offset;  // of the head, from the rows' addresses
-  int64_t k_ahead_offset, v_ahead_offset;
+  int64_t k_offset, v_offset;                 // of the head, from the rows' addresses
+  Fetch<Elem> k_fetch, v_fetch;
   M *k, *v;  // the packed tiles, or room for them
   bool k_packed, v_packed, bad_v;
 };
@@ -96,10 +92,9 @@ class ForwardKeys {
     const int first = columns.begin, ncols = columns.end - columns.begin;
     if constexpr (kDirectK) {
       if (direct(tile, p_.k_stride, rows)) {
-        direct_scores<Acc, M, kD, Elem>(rows, q, Scratch::kQPitch,
-                                        {tile.k_rows + first, tile.k_ahead + first, tile.k_offset,
-                                         tile.k_ahead_offset, p_.k_stride[2]},
-                                        ncols, scores, kBlockN);
+        const MemoryRows<Elem> k{tile.k_rows, tile.k_offset, p_.k_stride[2], tile.k_fetch};
+        direct_scores<Acc, M, kD, Elem>(rows, q, Scratch::kQPitch, k.from(first), ncols, scores,
+                                        kBlockN);
         return;
       }
     }
@@ -117,10 +112,9 @@ class ForwardKeys {
     // Dead keys must not be multiplied, so only a tile without any may be read where it lies.
     if constexpr (kDirectV && !score_can_die<Fn>()) {
       if (tile.full && direct(tile, p_.v_stride, rows)) {
-        direct_values<Acc, M, kDv, Elem>(rows, ncols, weights, kBlockN,
-                                         {tile.v_rows + first, tile.v_ahead + first, tile.v_offset,
-                                          tile.v_ahead_offset, p_.v_stride[2]},
-                                         out, kOutPitch, factor);
+        const MemoryRows<Elem> v{tile.v_rows, tile.v_offset, p_.v_stride[2], tile.v_fetch};
+        direct_values<Acc, M, kDv, Elem>(rows, ncols, weights, kBlockN, v.from(first), out,
+                                         kOutPitch, factor);
         return;
       }
     }

@@ -10,6 +10,9 @@ namespace ae {
 
 constexpr int64_t kCacheLine = 64;  // bytes; every block of memory starts on its own line
 
+// Up to this many rows, keys and values are read where they lie; beyond, packing a tile pays off.
+constexpr int kDirectRows = 8;
+
 // The multiply type of a plan.
 template <bool kBf16Dot, class Acc>
 struct MultiplyOf {
@@ -92,8 +95,9 @@ class ForwardCut {
     pack_ahead = shared_keys || (rows > kBlockM && (rows > kFewRows || p.S < kLongKeys));
     tile_keys = kBlockN;
     heads_together = 1;
-    if (!pack_ahead && !head_masks && heads_adjoin()) {
-      // Few keys of many heads lie together: their tile stays in the second cache, beside the next.
+    if (rows <= kDirectRows && !pack_ahead && !head_masks && heads_adjoin()) {
+      // Few keys of many heads lie together: their tile stays in the second cache, beside the next,
+      // and their pages in the first level of the TLB.
       int64_t keys = kBlockN, heads = p.Hkv;
       const int64_t row_bytes = (Plan::kD + Plan::kDv) * int64_t(sizeof(Elem));
       while (keys > kTileKeys && keys * heads * row_bytes > kTileBytes) keys /= 2;
@@ -120,9 +124,8 @@ class ForwardCut {
     if (!pack_ahead) return heads_together * rows;
     return rows < kBlockM ? rows : kBlockM;
   }
-  // Keys after those of a tile that are fetched meanwhile: the next tile's with several heads,
-  // which has the same bytes as so many keys of one.
-  int64_t keys_ahead() const { return heads_together > 1 ? tile_keys : kTileKeys; }
+  // Keys after those of a tile whose addresses are known too: they are fetched meanwhile.
+  int64_t keys_ahead() const { return heads_together > 1 ? tile_keys : kAheadKeys; }
   int64_t most_key_tiles() const { return (p.S + tile_keys - 1) / tile_keys; }
   // Batches of packed keys.
   int64_t key_batches() const { return shared_keys ? 1 : p.B; }
@@ -136,8 +139,9 @@ class ForwardCut {
 
   static constexpr int64_t kFewRows = 256;    // rows whose sums stay in the second cache
   static constexpr int64_t kLongKeys = 2048;  // so many keys have work for every task without them
-  static constexpr int64_t kTileKeys = 64;
-  static constexpr int64_t kTileBytes = 256 << 10;
+  static constexpr int64_t kTileKeys = 32;    // at least, where heads share a tile
+  static constexpr int64_t kTileBytes = 128 << 10;
+  static constexpr int64_t kAheadKeys = 64;
 };
 
 // Rows [first, first + count) of head block `block` of a sequence.
@@ -216,6 +220,7 @@ struct ForwardWorkspace {
   // Of a worker's scratch: tiles (ForwardScratch), then what depends on the sizes.
   int64_t runs, row, state, factor, row_alive;  // of its rows
   int64_t q, sums;                              // where they do not fit the tiles' own
+  int64_t k_next, v_next;                       // of the next tile's keys, of all heads
   int64_t k_rows, v_rows;                       // addresses of a tile's keys and of those after
   int64_t worker_bytes;
   // Of the launch.
@@ -248,6 +253,9 @@ struct ForwardWorkspace {
     const int64_t addresses = c.pack_ahead ? 0 : int64_t(sizeof(const Elem*));
     k_rows = take((c.tile_keys + c.keys_ahead()) * addresses);
     v_rows = take((c.tile_keys + c.keys_ahead()) * addresses);
+    const int64_t together = c.heads_together > 1 ? c.tile_keys * c.heads_together : 0;
+    k_next = take(together * addresses);
+    v_next = take(together * addresses);
     worker_bytes = at;
 
     at = p.threads * worker_bytes;
