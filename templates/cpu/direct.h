@@ -78,6 +78,16 @@ AE_INLINE V add_key(V sum, V x, const E* key) {
   return GemmStep<Acc, M>::multiply_add(sum, x, load_key<Acc, M>(key));
 }
 
+// sum[i * kKeys] + x[i] * key for all rows.
+template <class Acc, class M, int kRows, int kKeys, class V, class E>
+AE_INLINE void add_rows(V* sum, const V (&x)[kRows], const E* key) {
+  const V k = load_key<Acc, M>(key);
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) {
+    sum[i * kKeys] = GemmStep<Acc, M>::multiply_add(sum[i * kKeys], x[i], k);
+  }
+}
+
 // Rows at multiples of a distance in bytes. The machine multiplies by 1, 2, 4 and 8 in an address;
 // with 3, 5 and 7 distances at hand every row up to 15 needs no arithmetic. Left to itself the
 // compiler keeps an address per row and vector, on the stack.
@@ -152,9 +162,9 @@ struct MemoryRows {
 
 // Scores of kRows query rows and W / kRows keys, so that a key is loaded once for all these rows
 // and the sums over lanes share their rounds.
-template <class Acc, class M, int D, class E, int kRows, int... J>
+template <class Acc, class M, int D, class E, int kRows, bool kFetch, int... J>
 AE_INLINE void direct_block(const M* q, int64_t q_row, const RowAddresses& keys,
-                            const Fetch<E>* fetch, Acc* scores, int64_t ld,
+                            const Fetch<E>& fetch, Acc* scores, int64_t ld,
                             std::integer_sequence<int, J...>) {
   using Step = GemmStep<Acc, M>;
   using V = typename Step::V;
@@ -164,20 +174,16 @@ AE_INLINE void direct_block(const M* q, int64_t q_row, const RowAddresses& keys,
   for (int i = 0; i < W; ++i) sum[i] = V{};
 #pragma GCC unroll 1
   for (int d = 0; d < D; d += kLanes) {
-    if (fetch != nullptr) ((*fetch)(J, d), ...);
+    if constexpr (kFetch) (fetch(J, d), ...);
     if constexpr (kRows == 1) {  // sixteen keys beside sixteen sums do not fit in registers
       const V x = load_key<Acc, M>(q + d);
       ((sum[J] = add_key<Acc, M>(sum[J], x, reinterpret_cast<const E*>(keys.at<J>()) + d)), ...);
     } else {
-      const V key[kKeys] = {load_key<Acc, M>(reinterpret_cast<const E*>(keys.at<J>()) + d)...};
+      V x[kRows];
 #pragma GCC unroll 4
-      for (int i = 0; i < kRows; ++i) {
-        const V x = load_key<Acc, M>(q + i * q_row + d);
-#pragma GCC unroll 16
-        for (int j = 0; j < kKeys; ++j) {
-          sum[i * kKeys + j] = Step::multiply_add(sum[i * kKeys + j], x, key[j]);
-        }
-      }
+      for (int i = 0; i < kRows; ++i) x[i] = load_key<Acc, M>(q + i * q_row + d);
+      (add_rows<Acc, M, kRows, kKeys>(sum + J, x, reinterpret_cast<const E*>(keys.at<J>()) + d),
+       ...);
     }
   }
   const V total = sum_each<1>(sum);
@@ -202,10 +208,14 @@ AE_INLINE void direct_keys(int m, const M* q, int64_t q_row, const E* first, int
     for (; i + kRows <= m; i += kRows) {
       RowAddresses keys(first, row_bytes);
       for (int j = 0; j < W; j += kKeys, keys.skip(kKeys)) {
-        const Fetch<E> with = fetch.from(j);
-        direct_block<Acc, M, D, E, kRows>(q + i * q_row, q_row, keys, i == 0 ? &with : nullptr,
-                                          scores + i * ld + j, ld,
-                                          std::make_integer_sequence<int, kKeys>());
+        Acc* to = scores + i * ld + j;
+        constexpr std::make_integer_sequence<int, kKeys> kEach;
+        if (i == 0) {
+          direct_block<Acc, M, D, E, kRows, true>(q, q_row, keys, fetch.from(j), to, ld, kEach);
+        } else {
+          direct_block<Acc, M, D, E, kRows, false>(q + i * q_row, q_row, keys, fetch, to, ld,
+                                                   kEach);
+        }
       }
     }
   };
