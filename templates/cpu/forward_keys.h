@@ -2,6 +2,7 @@
 // straight from memory for few rows.
 #pragma once
 #include "common/env.h"
+#include "common/segments.h"
 #include "cpu/direct.h"
 #include "cpu/forward_work.h"
 #include "cpu/module.h"
