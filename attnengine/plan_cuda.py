@@ -20,6 +20,7 @@ from .trace import Traced
 
 MAX_HEAD_DIM = 576
 WIDE = 256  # beyond, warps share rows and split the columns
+HEAD_DIMS = f"head dims up to {MAX_HEAD_DIM} (beyond {WIDE} the values' a multiple of 32)"
 ELEMENTS = ("f16", "bf16")
 REGISTERS_OF_THREAD = 255
 # What an estimate may reach. Addresses, operands on their way to a product and counters take about
@@ -100,6 +101,11 @@ def _check(key: KernelKey) -> None:
             f"value_dim={key.value_dim}: with head_dim={key.head_dim} sm_80 templates need a "
             "multiple of 32; pad v, use CPU tensors (.cpu()) or split the heads"
         )
+
+
+def serves_dims(d: int, dv: int) -> bool:
+    """Whether CUDA kernels of these head dims exist: HEAD_DIMS says which."""
+    return 1 <= min(d, dv) and max(d, dv) <= MAX_HEAD_DIM and (max(d, dv) <= WIDE or dv % 32 == 0)
 
 
 def pitch(width: int) -> int:

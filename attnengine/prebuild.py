@@ -22,7 +22,7 @@ import torch
 from . import build, dispatch
 from .arch import CUDA
 from .builtin import BUILTIN, DTYPE_WORDS, dtype_word, make_spec
-from .plan_cuda import MAX_HEAD_DIM
+from .plan_cuda import serves_dims
 from .spec import AttentionSpec
 
 DTYPES = tuple(dtype for dtype in dispatch.SUPPORTED if dtype != torch.float64)
@@ -103,7 +103,7 @@ def _dims(x: Any) -> tuple[int, int]:
 
 def serves(isa: str, dtype: torch.dtype, d: int, dv: int) -> bool:
     """Whether a target has kernels of a dtype and head dims at all: those for CUDA have fewer."""
-    return isa not in CUDA or (dtype in dispatch.CUDA_SUPPORTED and max(d, dv) <= MAX_HEAD_DIM)
+    return isa not in CUDA or (dtype in dispatch.CUDA_SUPPORTED and serves_dims(d, dv))
 
 
 def kernels(request: Request, dtype: torch.dtype, d: int, dv: int, isa: str) -> list[Kernel]:

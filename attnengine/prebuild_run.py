@@ -21,7 +21,7 @@ from .arch import CUDA
 from .cache import Store
 from .errors import BuildError
 from .kernel_wheel import write_wheel
-from .plan_cuda import MAX_HEAD_DIM
+from .plan_cuda import HEAD_DIMS
 from .prebuild import Kernel, Request, as_requests, kernels, read_requests, serves
 
 _SECONDS = 4.0  # one module on one core, where the cache knows of none: median of 900 builds
@@ -120,7 +120,7 @@ def _generated(requests: list[Request], isas: list[str], console: Console) -> li
     asked = [(r, *p, isa) for isa in isas for r in requests for p in r.programs()]
     programs = [program for program in asked if serves(program[4], *program[1:4])]
     if len(programs) < len(asked):
-        few = f"CUDA kernels are bf16 or fp16 with head dims up to {MAX_HEAD_DIM}"
+        few = f"CUDA kernels are bf16 or fp16 with {HEAD_DIMS}"
         if not programs:
             raise ValueError(f"{few}: none of the requests is; see --dtypes and --head-dims")
         console.print(f"{few}: {len(asked) - len(programs)} others are not made", soft_wrap=True)

@@ -347,7 +347,7 @@ def test_killed_compiler_is_an_error_that_may_be_tried_again(work: Work) -> None
 @pytest.mark.parametrize(
     "source, message",
     [
-        (tiny(abi="99"), "has ABI 99, expected 1"),
+        (tiny(abi="99"), "has ABI 99, expected 2"),
         ("int nothing;", "ae_info"),
         (tiny() + "extern int missing(); __attribute__((used)) int x = missing();", "missing"),
     ],
