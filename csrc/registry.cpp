@@ -9,6 +9,7 @@
 #include <mutex>
 #include <stdexcept>
 
+#include "common/linear_abi.h"
 #include "isa.h"
 
 namespace ae {
@@ -42,6 +43,20 @@ Fn symbol(void* handle, const std::string& path, const char* name) {
   return reinterpret_cast<Fn>(address);
 }
 
+// Of what a launch is given; 0 for a kind that this library does not know.
+size_t params_bytes_of(int32_t kind) {
+  switch (kind) {
+    case AE_FORWARD:
+    case AE_BACKWARD:
+      return sizeof(ae_params);
+    case AE_LINEAR_FORWARD:
+    case AE_LINEAR_BACKWARD:
+      return sizeof(ae_linear_params);
+    default:
+      return 0;
+  }
+}
+
 std::unique_ptr<Kernel> open_module(const std::string& path) {
   void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (handle == nullptr) {
@@ -50,11 +65,12 @@ std::unique_ptr<Kernel> open_module(const std::string& path) {
   }
   try {
     const ae_module_info* info = symbol<ae_info_fn>(handle, path, "ae_info")();
-    if (info->abi_version != AE_ABI_VERSION || info->params_bytes != sizeof(ae_params)) {
+    const size_t params_bytes = params_bytes_of(info->kind);
+    if (info->abi_version != AE_ABI_VERSION || info->params_bytes != params_bytes) {
       refuse(path, "built for kernel ABI " + std::to_string(info->abi_version) + " (" +
                        std::to_string(info->params_bytes) +
                        " bytes of parameters), this library has " + std::to_string(AE_ABI_VERSION) +
-                       " (" + std::to_string(sizeof(ae_params)) +
+                       " (" + std::to_string(params_bytes) +
                        "); clear the cache with: attnengine cache clear");
     }
     if (info->isa > cpu_isa()) {

@@ -91,7 +91,17 @@ typedef struct ae_params {
 typedef void (*ae_task)(void* arg, int64_t index, int32_t worker);
 typedef void (*ae_parallel_for)(int64_t n, int32_t threads, ae_task task, void* arg);
 
-enum ae_kind { AE_FORWARD = 0, AE_BACKWARD = 1 };
+// Modules of other families than attention take another struct than ae_params, whose first two
+// members are the same: linear attention ae_linear_params (common/linear_abi.h), token statistics
+// ae_statistics_params (common/statistics_abi.h).
+enum ae_kind {
+  AE_FORWARD = 0,
+  AE_BACKWARD = 1,
+  AE_LINEAR_FORWARD = 2,
+  AE_LINEAR_BACKWARD = 3,
+  AE_STATISTICS_FORWARD = 4,
+  AE_STATISTICS_BACKWARD = 5,
+};
 
 typedef struct ae_module_info {
   uint32_t abi_version;
