@@ -10,6 +10,16 @@
 extern "C" {
 #endif
 
+// What ae_module_info says of a linear-attention module beside what its names say: `user_stats` is
+// AE_LINEAR_OPERANDS, the operands that it reads. `grad_mask` of a backward module counts the
+// gradients that it gives of what q_mod, k_mod, v_mod, decay_mod and out_mod captured, 8 bits each,
+// q_mod lowest; ae_linear_params.hook_grads has them in this order.
+//   decay: 0 none, 1 [B, H, L], 2 [B, H, L, D]; types: ae_dtype, 0 of what is absent
+#define AE_LINEAR_DECLARED (1 << 30)
+#define AE_LINEAR_OPERANDS(decay, decay_type, beta, beta_type, normalizer)      \
+  (AE_LINEAR_DECLARED | (decay) | (decay_type) << 4 | ((beta) ? 1 << 8 : 0) | \
+   (beta_type) << 9 | ((normalizer) ? 1 << 13 : 0))
+
 // Values of *ae_linear_params.fault beside 1 + capture index.
 enum ae_linear_fault { AE_POSITIVE_DECAY = -1 };
 
