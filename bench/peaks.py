@@ -57,6 +57,9 @@ def library() -> ctypes.CDLL:
     loaded.peaks.restype = None
     loaded.read_once.argtypes = [ctypes.c_int]
     loaded.read_once.restype = ctypes.c_double
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    loaded.read_blocks.argtypes = [ctypes.c_int, pointer, pointer, number, pointer, number]
+    loaded.read_blocks.restype = ctypes.c_double
     loaded.release_buffers.argtypes = []
     loaded.release_buffers.restype = None
     return loaded

@@ -246,8 +246,26 @@ def ragged_row(mine: Row, cache: Cache, times: Samples, level: Cache) -> Row:
     )
 
 
+def bare_read(held: Held, threads: int) -> baselines.Step:
+    """Reads the pages of a cache in the order of its table, and does nothing with them: what the
+    memory gives for blocks of this size."""
+    assert held.table is not None
+    page = held.k.shape[1]
+    live = [row[: -(-n // page)] for row, n in zip(held.table, held.lengths.tolist(), strict=True)]
+    order = torch.cat(live)
+    size = held.k[0].numel() * held.k.element_size()
+
+    def forward() -> tuple[Tensor, ...]:
+        k, v = held.k.data_ptr(), held.v.data_ptr()
+        peaks.library().read_blocks(threads, k, v, size, order.data_ptr(), len(order))
+        return ()
+
+    return forward
+
+
 def measure_pages(cache: Cache, session: Session) -> list[Row]:
-    """Pages in random order against the same keys in one piece."""
+    """Pages in random order against the same keys in one piece, and against a loop that only reads
+    them."""
     dense = [fill(cache, seed) for seed in range(cache.copies)]
     distance = check(cache, dense[0])
     held = {page: [paged(one, page, i) for i, one in enumerate(dense)] for page in PAGES}
@@ -257,11 +275,15 @@ def measure_pages(cache: Cache, session: Session) -> list[Row]:
             name = f"{cache.name}/page{page}"
             agreement.require(name, agreement.difference(ours(copies[0]), expected), DTYPE)
     steps = {f"page{page}": turns(ours, copies) for page, copies in held.items()}
+    if not cache.latent:  # whose V is read with K
+        steps |= {f"bare{p}": bare_read(copies[0], session.threads) for p, copies in held.items()}
     times, rate = contest(session, {"dense": turns(ours, dense), **steps})
     rows = []
     for page in PAGES:
         mine = row(cache, times[f"page{page}"], rate, distance)
         mine = replace(mine, name=f"{cache.name}/page{page}")
+        if f"bare{page}" in times:
+            rows.append(against(mine, "bare read of the pages", times[f"bare{page}"], None))
         rows += [
             against(mine, "dense", times["dense"], PAGED_BAR),
             read_row(mine, rate, READ_BAR if not cache.latent else None),
