@@ -19,7 +19,7 @@ from test_codegen_golden import alibi, code_of, documents, hostile_spec, sink
 from torch import Tensor
 
 import attnengine as ae
-from attnengine import arch, dispatch, gate, library, nvcc, plan_cuda, target
+from attnengine import arch, dispatch, gate, library, nvcc, plan_cuda, program, target
 from attnengine.capture import captures_of_spec
 from attnengine.key import Form
 from attnengine.plan import Plan
@@ -313,7 +313,7 @@ class TestSpills:
         self, simulator: None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(plan_cuda, "OTHER_REGISTERS", 0)
-        monkeypatch.setattr(dispatch, "MOST_CANDIDATES", 1)
+        monkeypatch.setattr(program, "MOST_CANDIDATES", 1)
         q, k, v = qkv(d=128)
         spec = ae.AttentionSpec(mask_mod=lambda b, h, q, k: (q >= k) & (k % 7 != 4))
         with pytest.warns(RuntimeWarning, match=r"spills \d+ bytes of registers.*slow"):

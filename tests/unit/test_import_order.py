@@ -24,7 +24,8 @@ STAGES: dict[str, tuple[str, ...]] = {
         "compiler", "cutlass", "nvcc", "ptx", "staging", "build",
     ),
     "run": (
-        "library", "schedule", "masks", "memory", "builtin", "target", "dispatch", "exported",
+        "library", "schedule", "masks", "memory", "stages", "builtin", "target", "program",
+        "dispatch", "exported",
         "explain", "ops",
         "backward", "handle", "api", "flash_args", "ops_sequences", "ops_sequences_backward",
         "rotary", "kvcache", "varlen", "merge",

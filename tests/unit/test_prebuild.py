@@ -20,7 +20,7 @@ from rich.console import Console
 from test_build import needs_compiler, tiny
 
 import attnengine as ae
-from attnengine import cache, cli, dispatch, prebuild, prebuild_run, prebuilt, staging
+from attnengine import cache, cli, dispatch, prebuild, prebuild_run, prebuilt, program, staging
 
 D, DV = 40, 24
 
@@ -220,7 +220,7 @@ def test_function_form(
         "    ae.attention(q, k, v, ae.variants.causal())\n"
         f"    return [Request(ae.AttentionSpec(), 'fp32', [({D}, {DV})], backward=False)]\n"
     )
-    monkeypatch.setattr(dispatch, "_programs", {})  # a new process, in which nothing is loaded
+    monkeypatch.setattr(program, "_programs", {})  # a new process, in which nothing is loaded
     out = bare.root / "out"
     assert cli.main(["prebuild", "--specs", f"{file}:run", "--out", str(out)]) == 0
     assert "2 kernels, 2 new" in capsys.readouterr().out
