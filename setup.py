@@ -98,6 +98,7 @@ setup(
                 "csrc/ops.cpp",
                 "csrc/ops_sequences.cpp",
                 "csrc/backward_sequences.cpp",
+                "csrc/ops_linear.cpp",
                 "csrc/merge_state.cpp",
                 "csrc/registry.cpp",
                 "csrc/host_api.cpp",

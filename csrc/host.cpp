@@ -144,7 +144,10 @@ py::dict kernel_info(int64_t id) {
   const ae_module_info* info = api().kernel_info(id);
   if (info == nullptr) throw py::value_error("kernel=" + std::to_string(id) + ": no such kernel");
   py::dict d;
-  d["kind"] = info->kind == AE_FORWARD ? "forward" : "backward";
+  static constexpr const char* kKinds[] = {
+      "forward",         "backward",           "linear forward",
+      "linear backward", "statistics forward", "statistics backward"};
+  d["kind"] = kKinds[info->kind];
   d["dtype"] = info->dtype;
   d["D"] = info->D;
   d["Dv"] = info->Dv;

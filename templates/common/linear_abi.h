@@ -16,9 +16,9 @@ extern "C" {
 // q_mod lowest; ae_linear_params.hook_grads has them in this order.
 //   decay: 0 none, 1 [B, H, L], 2 [B, H, L, D]; types: ae_dtype, 0 of what is absent
 #define AE_LINEAR_DECLARED (1 << 30)
-#define AE_LINEAR_OPERANDS(decay, decay_type, beta, beta_type, normalizer)      \
-  (AE_LINEAR_DECLARED | (decay) | (decay_type) << 4 | ((beta) ? 1 << 8 : 0) | \
-   (beta_type) << 9 | ((normalizer) ? 1 << 13 : 0))
+#define AE_LINEAR_OPERANDS(decay, decay_type, beta, beta_type, normalizer)                       \
+  (AE_LINEAR_DECLARED | (decay) | (decay_type) << 4 | ((beta) ? 1 << 8 : 0) | (beta_type) << 9 | \
+   ((normalizer) ? 1 << 13 : 0))
 
 // Values of *ae_linear_params.fault beside 1 + capture index.
 enum ae_linear_fault { AE_POSITIVE_DECAY = -1 };
