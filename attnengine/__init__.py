@@ -25,6 +25,7 @@ try:
         flex_attention,
     )
     from .kvcache import attention_with_kvcache
+    from .linear.spec import LinearAttentionSpec
     from .merge import merge_state, merge_states
     from .reference import reference
     from .rows import Identity, ReLU, Retention, Sigmoid, Softmax, SoftmaxSink
@@ -37,8 +38,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttentionSpec", "AttnEngineError", "AuxOutput", "AuxRequest", "BuildError", "CacheError",
-    "Handle", "Identity", "KernelUnavailable", "OnlineFunc", "ReLU", "Retention",
-    "RowFunctionError", "Sigmoid", "Softmax", "SoftmaxSink", "Statistics", "TraceError",
+    "Handle", "Identity", "KernelUnavailable", "LinearAttentionSpec", "OnlineFunc", "ReLU",
+    "Retention", "RowFunctionError", "Sigmoid", "Softmax", "SoftmaxSink", "Statistics", "TraceError",
     "attention", "attention_varlen", "attention_with_kvcache", "compile", "explain",
     "flex_attention", "merge_state", "merge_states", "reference", "variants",
 ]  # fmt: skip

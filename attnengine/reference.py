@@ -24,10 +24,11 @@ def reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    spec: AttentionSpec,
+    spec: Any,
     *,
     return_aux: bool = False,
     dtype: torch.dtype | None = None,
+    **others: Any,
 ) -> Any:
     """Attention as the spec means it, with autograd through inputs and captured tensors.
 
@@ -37,11 +38,28 @@ def reference(
     (torch.float64: the golden result on the rounded inputs). With return_aux also returns the saved
     row statistics, name -> [B, Hq, L]. Raises ValueError for shapes that do not fit together and
     TraceError for a mod that does not return one number.
+
+    With a LinearAttentionSpec: the token-by-token recurrence; arguments as of
+    ``ae.linear_attention``, and ``dtype``.
     """
+    if type(spec) in _MEANINGS:
+        aux = {"return_aux": return_aux} if return_aux else {}
+        return _MEANINGS[type(spec)](q, k, v, spec, dtype=dtype, **aux, **others)
+    if others:
+        names = ", ".join(others)
+        raise TypeError(f"reference: {names} given, which {type(spec).__name__} does not have")
     wide = dtype or (torch.float64 if q.dtype == torch.float64 else torch.float32)
     out, saved = evaluate(q, k, v, spec, Precision(wide, upcast=dtype is not None))
     out = out if dtype is not None else out.to(q.dtype)
     return (out, saved) if return_aux else out
+
+
+_MEANINGS: dict[type, Callable[..., Any]] = {}
+
+
+def means(kind: type, evaluate: Callable[..., Any]) -> None:
+    """Makes :func:`reference` serve another kind of spec, defined later in the pipeline."""
+    _MEANINGS[kind] = evaluate
 
 
 def ideal(
@@ -77,7 +95,7 @@ def evaluate(
 ) -> tuple[Tensor, State]:
     """The steps of :func:`reference`: the output and the saved statistics, in ``precision.acc``."""
     _check_shapes(q, k, v)
-    mods = _Mods(precision.acc if precision.upcast else None)
+    mods = Mods(precision.acc if precision.upcast else None)
     acc, (b, hq, length, d), (hkv, keys) = precision.acc, q.shape, k.shape[1:3]
     scale = 1.0 / math.sqrt(d) if spec.scale is None else spec.scale
     live = _mask(mods, spec.mask_mod, (b, hq, length, keys), q.device)
@@ -154,7 +172,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
 # -- the user's callables --------------------------------------------------------------------------
 
 
-class _Mods(TorchFunctionMode):
+class Mods(TorchFunctionMode):
     """Lets 0-d tensors index under vmap (``t[i]`` is an ``aten.index``), and reads fp32 tensors
     in a wider dtype where asked, so that golden gradients are also summed in it."""
 
@@ -217,7 +235,7 @@ def _number(fn: Callable[..., Any], name: str, dtype: torch.dtype | None = None)
     return call
 
 
-def _mask(mods: _Mods, fn: Callable | None, shape: tuple, device: torch.device) -> Tensor:
+def _mask(mods: Mods, fn: Callable | None, shape: tuple, device: torch.device) -> Tensor:
     """The mask [B, H, L, S], True where a pair meets."""
     if fn is None or 0 in shape:
         return torch.ones(shape, dtype=torch.bool, device=device)
@@ -228,7 +246,7 @@ def _mask(mods: _Mods, fn: Callable | None, shape: tuple, device: torch.device) 
         return call(*[torch.arange(n, device=device) for n in shape]).clone()
 
 
-def _finalize(mods: _Mods, fn: Callable, acc: torch.dtype) -> Callable:
+def _finalize(mods: Mods, fn: Callable, acc: torch.dtype) -> Callable:
     """``finalize`` over rows [R, Dv] with states [R]."""
 
     def call(out: Tensor, state: State) -> tuple[Tensor, State]:
@@ -241,7 +259,7 @@ def _finalize(mods: _Mods, fn: Callable, acc: torch.dtype) -> Callable:
     return rows
 
 
-def _vmap(mods: _Mods, fn: Callable, *columns: Any) -> Any:
+def _vmap(mods: Mods, fn: Callable, *columns: Any) -> Any:
     """vmap over rows, also over none (which torch.vmap cannot do: a row of zeros stands in)."""
     first = columns[0]
     with mods:
@@ -285,7 +303,7 @@ class _Pairs:
         h, length = self.heads, self.length
         return row // max(1, h * length), row // max(1, length) % h, row % max(1, length)
 
-    def map(self, mods: _Mods, fn: Callable, scores: Tensor) -> Tensor:
+    def map(self, mods: Mods, fn: Callable, scores: Tensor) -> Tensor:
         """score_mod on scores [pairs]. The rows are padded to one length with their own last live
         key: a live value computed twice, never a dead one."""
         if scores.numel() == 0:
@@ -297,7 +315,7 @@ class _Pairs:
             out = torch.vmap(inner)(scores[at], *self.indices(self.order), self.key[at])
         return out[j < self.counts[:, None]]
 
-    def init(self, mods: _Mods, fn: Callable, acc: torch.dtype) -> State:
+    def init(self, mods: Mods, fn: Callable, acc: torch.dtype) -> State:
         """Initial states of all rows."""
         row = torch.cat([self.order, self.dead]).sort()[0]
 
@@ -307,7 +325,7 @@ class _Pairs:
         return _vmap(mods, call, *self.indices(row))
 
     def update(
-        self, mods: _Mods, fn: Callable, scores: Tensor, start: State
+        self, mods: Mods, fn: Callable, scores: Tensor, start: State
     ) -> tuple[Tensor, State]:
         """Weights [pairs] and states of the live rows, each row's live keys in one tile."""
 

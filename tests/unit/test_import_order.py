@@ -28,7 +28,7 @@ STAGES: dict[str, tuple[str, ...]] = {
         "dispatch", "exported",
         "explain", "ops",
         "backward", "handle", "api", "flash_args", "ops_sequences", "ops_sequences_backward",
-        "rotary", "kvcache", "varlen", "merge",
+        "rotary", "kvcache", "varlen", "merge", "linear",
     ),
     "faces": (
         "demo", "prebuild", "kernel_wheel", "prebuild_run", "machine", "doctor", "variant_call",
