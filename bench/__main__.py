@@ -22,6 +22,7 @@ from . import (
     attention,
     calls,
     decode,
+    linear,
     memory,
     peaks,
     record,
@@ -30,13 +31,17 @@ from . import (
     serving,
     siblings,
     startup,
+    token_statistics,
 )
 from .cases import GROUPS
 from .session import Session
 
-MEASURES = (attention, siblings, decode, serving, memory, calls, startup)
+MEASURES = (
+    attention, siblings, decode, serving, linear, token_statistics, memory, calls, startup,
+)  # fmt: skip
 ALL_GROUPS = (
-    *GROUPS, "windows", "rows", "bias", "decode", "serving", "memory", "calls", "startup",
+    *GROUPS, "windows", "rows", "bias", "decode", "serving", "linear", "statistics", "memory",
+    "calls", "startup",
 )  # fmt: skip
 
 

@@ -21,6 +21,8 @@ GROUP_TITLES = {
     "bias": "Learnable biases, forward and backward",
     "decode": "Decode: one query, streaming K and V",
     "serving": "Decode over KV caches: batches, ragged lengths, pages, MLA",
+    "linear": "Linear attention: chunks, decode steps, growth with the length",
+    "statistics": "Token statistics attention",
     "memory": "Memory of forward and backward",
     "calls": "Cost of a call",
     "startup": "First result",
