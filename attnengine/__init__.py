@@ -39,8 +39,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionSpec", "AttnEngineError", "AuxOutput", "AuxRequest", "BuildError", "CacheError",
     "Handle", "Identity", "KernelUnavailable", "LinearAttentionSpec", "OnlineFunc", "ReLU",
-    "Retention", "RowFunctionError", "Sigmoid", "Softmax", "SoftmaxSink", "Statistics", "TraceError",
-    "attention", "attention_varlen", "attention_with_kvcache", "compile", "explain",
+    "Retention", "RowFunctionError", "Sigmoid", "Softmax", "SoftmaxSink", "Statistics",
+    "TraceError", "attention", "attention_varlen", "attention_with_kvcache", "compile", "explain",
     "flex_attention", "merge_state", "merge_states", "reference", "variants",
 ]  # fmt: skip
 

@@ -80,7 +80,7 @@ class Operands(NamedTuple):
 
 
 def recurrence(x: Operands, state: Tensor, found: LinearArguments, normalizer: bool) -> Any:
-    """q^T S of every token, and the last state; S has z as its last column under a normalizer."""
+    """scale q^T S of every token, and the last state; under a normalizer S ends with a column z."""
     rows, Dv = [], found.Dv
     for t in range(x.v.shape[2]):
         q, k, v = x.q[:, :, t], x.k[:, :, t], x.v[:, :, t]
@@ -94,7 +94,7 @@ def recurrence(x: Operands, state: Tensor, found: LinearArguments, normalizer: b
         rows.append((q[..., None] * state).sum(-2))
     if not rows:
         return no_rows(x, state), state
-    return torch.stack(rows, 2), state
+    return torch.stack(rows, 2) * found.scale, state
 
 
 def no_rows(x: Operands, state: Tensor) -> Tensor:
@@ -114,16 +114,19 @@ def modified(
     found: LinearArguments,
     mods: Mods,
     acc: torch.dtype,
+    low: torch.dtype | None = None,
 ) -> Operands:
-    """The operands after their hooks, in ``acc``; q and k keep their Hk heads."""
+    """The operands after their hooks, in ``acc`` (q, k, v and their hooks in ``low``, if given);
+    q and k keep their Hk heads."""
+    low = low or acc
     decay, beta = found.decay, found.beta
     if decay is not None:
         decay = hooked("decay_mod", spec.decay_mod, decay.to(acc), mods, acc)
         decay = decay if found.decay_kind == "channel" else decay[..., None]
     return Operands(
-        hooked("q_mod", spec.q_mod, q.to(acc), mods, acc),
-        hooked("k_mod", spec.k_mod, k.to(acc), mods, acc),
-        hooked("v_mod", spec.v_mod, v.to(acc), mods, acc),
+        hooked("q_mod", spec.q_mod, q.to(low), mods, low),
+        hooked("k_mod", spec.k_mod, k.to(low), mods, low),
+        hooked("v_mod", spec.v_mod, v.to(low), mods, low),
         decay,
         None if beta is None else beta.to(acc),
     )
@@ -169,7 +172,8 @@ def first_state(
 def over_sequences(
     form: Any, x: Operands, state: Tensor, found: LinearArguments, spec: LinearAttentionSpec
 ) -> tuple[Tensor, Tensor]:
-    """Output rows [B, H, L, Dv], scaled and normalized, and final states, sequence by sequence."""
+    """Output [B, H, L, Dv] before out_mod, and final states, by ``form``, a form of
+    :func:`recurrence`."""
     normalizer = spec.normalizer == "sum"
     if found.cu_seqlens is None:
         rows, state = form(x, state, found, normalizer)
@@ -180,7 +184,7 @@ def over_sequences(
             parts.append(part)
             states.append(after)
         rows, state = torch.cat(parts, 2), torch.cat(states) if states else state
-    return finished(rows, found, normalizer), state
+    return normalized(rows) if normalizer else rows, state
 
 
 def spans(cu_seqlens: Tensor, length: int) -> Iterator[tuple[int, int, int]]:
@@ -191,11 +195,8 @@ def spans(cu_seqlens: Tensor, length: int) -> Iterator[tuple[int, int, int]]:
         yield i, ends[i], ends[i + 1]
 
 
-def finished(rows: Tensor, found: LinearArguments, normalizer: bool) -> Tensor:
-    """Rows q^T [S | z] -> the output before out_mod."""
-    rows = rows * found.scale
-    if not normalizer:
-        return rows
+def normalized(rows: Tensor) -> Tensor:
+    """Rows scale q^T [S | z] -> q^T S / q^T z."""
     out, z = rows[..., :-1], rows[..., -1:]
     away = torch.where(z < 0, -DENOMINATOR, DENOMINATOR).to(z.dtype)
     return out / torch.where(z.abs() < DENOMINATOR, away, z)
