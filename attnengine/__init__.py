@@ -25,6 +25,7 @@ try:
         flex_attention,
     )
     from .kvcache import attention_with_kvcache
+    from .linear import variants as linear_variants
     from .linear.spec import LinearAttentionSpec
     from .merge import merge_state, merge_states
     from .reference import reference
@@ -41,7 +42,7 @@ __all__ = [
     "Handle", "Identity", "KernelUnavailable", "LinearAttentionSpec", "OnlineFunc", "ReLU",
     "Retention", "RowFunctionError", "Sigmoid", "Softmax", "SoftmaxSink", "Statistics",
     "TraceError", "attention", "attention_varlen", "attention_with_kvcache", "compile", "explain",
-    "flex_attention", "merge_state", "merge_states", "reference", "variants",
+    "flex_attention", "linear_variants", "merge_state", "merge_states", "reference", "variants",
 ]  # fmt: skip
 
 

@@ -45,7 +45,7 @@ def chunked(
     chunk: int = CHUNK,
     compiled: bool = False,
 ) -> Any:
-    """``ae.linear_attention`` in plain PyTorch, in q's dtype, with decays and states in fp32 (fp64).
+    """``ae.linear_attention`` in plain PyTorch, in q's dtype; decays and states in fp32 (fp64).
 
     All heads and batch rows at once, chunk after chunk. ``chunk``: tokens of one. ``compiled``: a
     chunk's arithmetic goes through ``torch.compile`` (once per shape), the loop stays in Python.
@@ -109,10 +109,11 @@ def by_chunks(
     step: Callable[..., Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence over the tokens of one sequence: see ``reference.recurrence``."""
-    length, (Hk, D) = x.v.shape[2], x.k.shape[1::2]
+    length, Hk = x.v.shape[2], x.k.shape[1]
     if length == 0:
         return no_rows(x, state), state
     shape, rows = state.shape, []
+    run: Callable[..., Any] = step or chunk_step
 
     def heads(t: Tensor) -> Tensor:  # [B, Hk, heads that share q and k, L, ..]
         return t.unflatten(1, (Hk, t.shape[1] // Hk))
@@ -123,7 +124,7 @@ def by_chunks(
     for first in range(0, length, chunk):
         t = slice(first, min(first + chunk, length))
         one = [None if a is None else a[:, :, :, t] for a in (q, k, v, g, beta)]
-        row, state = (step or chunk_step)(*one, state, found.scale, normalizer, arithmetic)
+        row, state = run(*one, state, found.scale, normalizer, arithmetic)
         rows.append(row)
     return torch.cat(rows, 3).flatten(1, 2), state.reshape(shape)
 
@@ -151,7 +152,7 @@ def chunk_step(
         from_first, to_last = fed(q * factor(up)), fed(k * factor(down))
         last = up[..., -1, :, None]
         decayed = fed(k * factor(up)) if beta is not None else k
-    between = _scalar if g is None or g.shape[-1] == 1 else _channel
+    between: Callable[..., Tensor] = _scalar if g is None or g.shape[-1] == 1 else _channel
     old = fed(state)
     if beta is not None:
         a = factor(beta[..., None]) * between(k, k, g, arithmetic, 0)

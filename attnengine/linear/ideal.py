@@ -1,4 +1,4 @@
-"""What the best kernel of a dtype computes: linear attention by chunks, rounded where it must be."""
+"""What the best kernel of a dtype computes: linear attention by chunks, rounded where it must."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def ideal(
 ) -> Any:
     """``ae.linear_attention`` as the best kernel with a matrix unit of q's dtype computes it.
 
-    Hooks, decays, sums and states in fp32 (fp64 for fp64); what a matrix product is fed, forward and
-    backward, rounded to q's dtype; the output rounded. Arguments as of ``ae.linear_attention``.
+    Hooks, decays, sums and states in fp32 (fp64 for fp64); what a matrix product is fed, forward
+    and backward, rounded to q's dtype; the output rounded. Arguments as of ``ae.linear_attention``.
     """
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     precision = Precision(acc, mma=None if q.dtype == acc else q.dtype)
@@ -73,8 +73,8 @@ def evaluate(
 
 
 def _misjudged(g: Tensor, precision: Precision) -> Tensor:
-    """Log-decays whose exp is wrong by roundings, of one sign where the same number is rounded again
-    and again."""
+    """Log-decays whose exp is wrong by roundings, part of which repeat: a head's equal numbers are
+    rounded alike."""
     always = torch.ones_like(g[:1, :, :1])
     return g + precision.error(always) + precision.error(torch.ones_like(g))
 
