@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from . import build, variants
+from .key import Form
 from .spec import AttentionSpec
 
 DTYPE_WORDS: dict[str, torch.dtype] = {
@@ -109,7 +110,7 @@ def dtype_word(dtype: torch.dtype) -> str:
 
 
 def prebuild_command(
-    dtype: torch.dtype, d: int, dv: int, isa: str, same: Callable[[AttentionSpec], bool]
+    dtype: torch.dtype, d: int, dv: int, isa: str, form: Form, same: Callable[[AttentionSpec], bool]
 ) -> str:
     """What to do about a kernel that is missing, with the command that makes it.
 
@@ -121,11 +122,15 @@ def prebuild_command(
         if same(make_spec(variant, settings)):
             dims = f"{d}" if d == dv else f"{d}x{dv}"
             specs = f"builtin:{variant} --dtypes {word} --head-dims {dims}"
+            if form != Form():
+                specs += f" --forms {form.word}" + (" --shared-kv" if form.shared_kv else "")
             return build.remedy(specs, isa)
     dims = f"{d}" if d == dv else f"[({d}, {dv})]"
+    more = "" if form == Form() else f', forms="{form.word}"'
+    more += ", shared_kv=True" if form.shared_kv else ""
     return (
         f"{build.remedy('kernels.py', isa)}\n"
         "  where kernels.py imports the AttentionSpec of this call as `spec` and says\n"
         "    from attnengine.prebuild import Request\n"
-        f'    SPECS = [Request(spec, dtypes="{word}", head_dims={dims})]'
+        f'    SPECS = [Request(spec, dtypes="{word}", head_dims={dims}{more})]'
     )

@@ -80,6 +80,10 @@ def _parser() -> argparse.ArgumentParser:
     prebuild.add_argument("--dtypes", type=_words, default=[], help="instead of the requests'")
     prebuild.add_argument("--head-dims", type=_dims, default=[], help="such as 64,192x128")
     prebuild.add_argument("--forward-only", action="store_true", help="without the gradients")
+    prebuild.add_argument(
+        "--forms", type=_words, default=[], help="of CUDA kernels: dense, decode, prefill"
+    )
+    prebuild.add_argument("--shared-kv", action="store_true", help="of --forms: v lies within k")
 
     cache = command("cache", _no_action, "look after the kernel cache")
     actions = cache.add_subparsers(title="actions", required=True, metavar="ACTION")

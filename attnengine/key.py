@@ -39,8 +39,29 @@ class Form:
         """For sequences of at most ``rows`` rows of scores: query rows times heads of a group."""
         return Form(next((n for n in DECODE_ROWS if n >= max(rows, 1)), 0), True, shared_kv)
 
+    @property
+    def word(self) -> str:
+        """Its name in FORM_WORDS."""
+        if not self.sequences:
+            return "dense"
+        return f"decode{self.decode_rows}" if self.decode_rows else "prefill"
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+        return f"{self.word}, shared KV" if self.shared_kv else self.word
+
 
 DECODE_ROWS = (0, 16, 32, 64)
+FORM_WORDS: dict[str, tuple[Form, ...]] = {
+    "dense": (Form(),),
+    "decode": tuple(Form(rows, True) for rows in DECODE_ROWS if rows),
+    "prefill": (Form(0, True),),
+    **{f"decode{rows}": (Form(rows, True),) for rows in DECODE_ROWS if rows},
+}
+"""What a request may call forms: "dense" is attnengine.attention; the others are caches and packed
+sequences, "decode" of 16, 32 and 64 rows (query rows times heads of a group) at most, "prefill" of
+more."""
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
-from . import build, dispatch
+from . import build, dispatch, serialize
 from .arch import CUDA
 from .builtin import BUILTIN, DTYPE_WORDS, dtype_word, make_spec
+from .key import FORM_WORDS, Form
 from .plan_cuda import serves_dims
 from .spec import AttentionSpec
 
@@ -41,9 +42,16 @@ class Request:
         dtypes: of q, k and v: torch dtypes or "bf16", "fp16", "fp32", "fp64"; one or several.
         head_dims: D, or (D, Dv) where they differ; one D or a sequence of either.
         backward: also the gradient, where the spec has one.
+        forms: the calls that CUDA kernels are for, one word or several: "dense"
+            (:func:`attnengine.attention`), "decode" (caches and packed sequences of at most 64
+            query rows times heads of a group: three kernels, of tiles of 16, 32 and 64 rows;
+            "decode16", "decode32" or "decode64" is one of them), "prefill" (those of more rows). A
+            CPU kernel serves all calls.
+        shared_kv: in the forms of caches, v is the first columns of k in memory (MLA's latent).
         name: for messages.
 
-    Raises ValueError for a dtype or head dim that no kernel has, TypeError for what is no spec.
+    Raises ValueError for a dtype, a head dim or a form that no kernel has, TypeError for what is no
+    spec.
     """
 
     spec: AttentionSpec
@@ -51,6 +59,8 @@ class Request:
     head_dims: int | Sequence[int | tuple[int, int]] = HEAD_DIMS
     backward: bool = True
     name: str = ""
+    forms: str | Sequence[str] = "dense"
+    shared_kv: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.spec, AttentionSpec):
@@ -61,10 +71,17 @@ class Request:
         dims = (self.head_dims,) if isinstance(self.head_dims, int) else self.head_dims
         kinds = [(_dtype(dtype), *_dims(pair)) for dtype in dtypes for pair in dims]
         object.__setattr__(self, "_programs", tuple(dict.fromkeys(kinds)))
+        words = (self.forms,) if isinstance(self.forms, str) else self.forms
+        object.__setattr__(self, "_forms", _forms(words, self.shared_kv))
 
     def programs(self) -> tuple[tuple[torch.dtype, int, int], ...]:
         """(dtype, D, Dv) of every program."""
         found: tuple[tuple[torch.dtype, int, int], ...] = self.__dict__["_programs"]
+        return found
+
+    def kernel_forms(self) -> tuple[Form, ...]:
+        """Which kernels a CUDA program has."""
+        found: tuple[Form, ...] = self.__dict__["_forms"]
         return found
 
 
@@ -101,6 +118,20 @@ def _dims(x: Any) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
+def _forms(words: Sequence[str], shared_kv: bool) -> tuple[Form, ...]:
+    for word in words:
+        if word not in FORM_WORDS:
+            raise ValueError(f"forms has {word!r}: expected {', '.join(map(repr, FORM_WORDS))}")
+    forms = [form for word in words for form in FORM_WORDS[word]]
+    if not forms:
+        raise ValueError(f"forms is empty: expected some of {', '.join(map(repr, FORM_WORDS))}")
+    if not shared_kv:
+        return tuple(dict.fromkeys(forms))
+    if not all(form.sequences for form in forms):
+        raise ValueError("shared_kv=True is of caches: forms must not have 'dense'")
+    return tuple(dict.fromkeys(dataclasses.replace(form, shared_kv=True) for form in forms))
+
+
 def serves(isa: str, dtype: torch.dtype, d: int, dv: int) -> bool:
     """Whether a target has kernels of a dtype and head dims at all: those for CUDA have fewer."""
     return isa not in CUDA or (dtype in dispatch.CUDA_SUPPORTED and serves_dims(d, dv))
@@ -112,22 +143,29 @@ def kernels(request: Request, dtype: torch.dtype, d: int, dv: int, isa: str) -> 
     Raises TraceError for what cannot be expressed, ValueError for sizes without a template.
     """
     captures = dispatch.captures_for(request.spec)
+    label = f"{dtype_word(dtype)} D{d}x{dv} {isa} {request.name}".rstrip()
     try:
         program = dispatch.program(request.spec, captures, dtype, d, dv, isa)
+        if isa in CUDA:
+            forms = [program.in_form(form) for form in request.kernel_forms()]
+            return [_device_kernel(made, label) for made in forms]
     except NotImplementedError as error:
         raise ValueError(f"{request.name or 'spec'}: {error}") from None
-    sources, label = program.sources, f"{dtype_word(dtype)} D{d}x{dv} {isa} {request.name}".rstrip()
-    if isa in CUDA:
-        if (
-            sources.candidate > 0
-        ):  # this machine knows that the first spills; others look there first
-            sources = dispatch.pipeline(request.spec, captures, dtype, d, dv, isa).sources
-        program = dataclasses.replace(program, sources=sources, memo=None)
-        return [Kernel(sources.forward, CUDA[isa].code, f"forward {label}", program)]
+    sources = program.sources
     found = [Kernel(sources.forward, isa, f"forward {label}")]
     if request.backward and sources.backward is not None:
         found.append(Kernel(sources.backward, isa, f"backward {label}"))
     return found
+
+
+def _device_kernel(program: dispatch.Program, label: str) -> Kernel:
+    sources, isa, form = program.sources, program.isa, program.form
+    if sources.candidate > 0:  # this machine knows that the first spills; others look there first
+        first = dispatch.regenerated(serialize.load(sources.meaning), isa, form).sources
+        sources = dataclasses.replace(first, positions=sources.positions)
+    program = dataclasses.replace(program, sources=sources, memo=None)
+    text = label if form == Form() else f"{label} ({form.label})"
+    return Kernel(sources.forward, CUDA[isa].code, f"forward {text}", program)
 
 
 # -- what --specs may say -------------------------------------------------------------------------
@@ -208,12 +246,12 @@ def _builtin(text: str) -> list[Request]:
     ]
 
 
-_DEFAULTS = ("dtypes", "head_dims", "backward")
+_DEFAULTS = ("dtypes", "head_dims", "backward", "forms", "shared_kv")
 
 
 def _from_table(path: Path) -> list[Request]:
-    """A file of ``specs``, each a variant with its settings; dtypes, head_dims and backward stand
-    beside a variant, or above all of them as the default."""
+    """A file of ``specs``, each a variant with its settings; dtypes, head_dims, backward, forms and
+    shared_kv stand beside a variant, or above all of them as the default."""
     data = _load(path)
     specs = data.pop("specs", None)
     if not isinstance(specs, list) or not data.keys() <= set(_DEFAULTS):

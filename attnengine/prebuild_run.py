@@ -31,8 +31,9 @@ _CUDA_WORDS = {word: isa for isa in CUDA for word in (isa, isa.replace("_", ""))
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says. ``dtypes``, ``head_dims`` and ``forward_only`` overrule what the
-    requests say; ``jobs`` None: one for each processor of this process."""
+    """What the command line says. ``dtypes``, ``head_dims``, ``forms`` (with ``shared_kv``) and
+    ``forward_only`` overrule what the requests say; ``jobs`` None: one for each processor of this
+    process."""
 
     specs: str
     target: str
@@ -42,6 +43,8 @@ class Options:
     dtypes: Sequence[str] = ()
     head_dims: Sequence[Any] = ()
     forward_only: bool = False
+    forms: Sequence[str] = ()
+    shared_kv: bool = False
 
 
 def prebuild(options: Options, console: Console) -> int:
@@ -112,6 +115,10 @@ def _overruled(requests: Iterable[Request], options: Options) -> list[Request]:
         changes["head_dims"] = tuple(options.head_dims)
     if options.forward_only:
         changes["backward"] = False
+    if options.shared_kv and not options.forms:
+        raise ValueError("--shared-kv belongs to --forms: say which, such as --forms decode")
+    if options.forms:
+        changes |= {"forms": tuple(options.forms), "shared_kv": options.shared_kv}
     return [dataclasses.replace(request, **changes) for request in requests]
 
 

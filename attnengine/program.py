@@ -200,9 +200,10 @@ class Program:
         key = (self.element, meaning.head_dim, meaning.value_dim, self.isa)
 
         def same(spec: AttentionSpec) -> bool:
-            return getattr(program(spec, captures_for(spec), *key).sources, kind) == source
+            found = program(spec, captures_for(spec), *key, self.form).sources
+            return getattr(found, kind) == source
 
-        text = builtin.prebuild_command(*key, same)
+        text = builtin.prebuild_command(*key, self.form, same)
         if self.exported:
             text += (
                 "\n  or, for an exported program, --specs kernels.py:run with a function run() "
@@ -282,14 +283,9 @@ def _made_form(base: Program, form: Form) -> Program:
     # Positions count the captured tensors of the spec, which the text does not know.
     sources = replace(sources, positions=base.sources.positions)
     return replace(
-        base, name=f"{base.name} {_form_label(form)}", sources=sources, memo=("trace", memo),
+        base, name=f"{base.name} {form.label}", sources=sources, memo=("trace", memo),
         forward_id=-1, backward_id=-1, loaded=None, form=form, forms={}, lock=threading.Lock(),
     )  # fmt: skip
-
-
-def _form_label(form: Form) -> str:
-    text = f"decode {form.decode_rows} rows" if form.decode_rows else "sequences"
-    return f"{text}, shared KV" if form.shared_kv else text
 
 
 _generator_text: str | None = None

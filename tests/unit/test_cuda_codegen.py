@@ -19,7 +19,7 @@ from test_codegen_golden import alibi, code_of, documents, hostile_spec, sink
 from torch import Tensor
 
 import attnengine as ae
-from attnengine import arch, dispatch, gate, library, nvcc, plan_cuda, program, target
+from attnengine import arch, dispatch, gate, library, nvcc, plan_cuda, program, serialize, target
 from attnengine.capture import captures_of_spec
 from attnengine.key import Form
 from attnengine.plan import Plan
@@ -213,7 +213,7 @@ def test_long_heads_are_refused() -> None:
 
 def test_forms() -> None:
     """Few rows take small tiles that keep the memory busy; parts need a merge."""
-    meaning = dispatch.serialize.load(pipeline(ae.AttentionSpec(), d=128, dv=128).sources.meaning)
+    meaning = serialize.load(pipeline(ae.AttentionSpec(), d=128, dv=128).sources.meaning)
     for rows in (1, 16, 17, 32, 64):
         form = Form.of_sequences(rows)
         plan = dispatch.regenerated(meaning, "sm_80", form).forward_plans[0]
@@ -228,7 +228,7 @@ def test_forms() -> None:
     assert many.forward_key.digest() != replace(many.forward_key, form=Form()).digest()
     unmerged = pipeline(ae.AttentionSpec(row_func=UserSoftmax())).sources.meaning
     plan = dispatch.regenerated(
-        dispatch.serialize.load(unmerged), "sm_80", Form.of_sequences(1)
+        serialize.load(unmerged), "sm_80", Form.of_sequences(1)
     ).forward_plans[0]
     assert plan.slot_bytes == 0 and any("never split" in reason for reason in plan.reasons)
     with pytest.raises(ValueError, match="decode_rows=24"):
@@ -305,7 +305,7 @@ class TestSpills:
         assert number > 0 and attn.plan == attn.pipeline.forward_plans[number]
         assert f"kBlockN = {attn.plan.block_n}" in attn.source
         assert "because cheaper ones spill registers" in attn.explain()
-        dispatch._programs.clear()
+        program._programs.clear()
         again = dispatch.resolve(spec, q, k, v, "sm_80")[0]
         assert again.sources == attn.program.sources
 

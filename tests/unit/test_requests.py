@@ -13,6 +13,7 @@ from rich.console import Console
 
 import attnengine as ae
 from attnengine import builtin, dispatch, prebuild, prebuild_run, settings
+from attnengine.key import Form
 from attnengine.prebuild import Request
 
 D, DV = 40, 24
@@ -212,3 +213,63 @@ def test_cuda_makes_what_it_has(tmp_path: Path) -> None:
     none = Request(ae.variants.causal(), "fp32", 64)
     with pytest.raises(ValueError, match="of 32\\): none of the requests is; see --dtypes and"):
         prebuild_run._generated([none], ["sm_80"], Console(file=log))
+
+
+def test_forms_of_cuda_kernels() -> None:
+    """Decode, prefill and MLA's latent where asked; on a CPU one kernel serves all calls."""
+    spec, few = ae.variants.causal(), {"backward": False, "name": "causal"}
+    every = Request(spec, "bf16", 64, forms=("dense", "decode", "prefill"), **few)
+    found = prebuild.kernels(every, torch.bfloat16, 64, 64, "sm_80")
+    assert [k.label.partition("causal")[2] for k in found] == [
+        "", " (decode16)", " (decode32)", " (decode64)", " (prefill)",
+    ]  # fmt: skip
+    assert len({k.source for k in found}) == 5
+    rows = [k.program.form.decode_rows for k in found if k.program is not None]
+    assert rows == [0, 16, 32, 64, 0]
+    assert len(prebuild.kernels(every, torch.bfloat16, 64, 64, "portable")) == 1
+    latent = Request(spec, "bf16", [(576, 512)], forms="decode16", shared_kv=True, **few)
+    (kernel,) = prebuild.kernels(latent, torch.bfloat16, 576, 512, "sm_80")
+    assert "kSharedKV = true" in kernel.source and "decode16, shared KV" in kernel.label
+
+
+def test_a_form_is_what_its_calls_look_for() -> None:
+    """A kernel that was made ahead of time is the one that a call asks for."""
+    request = Request(ae.variants.causal(), "bf16", 64, forms="decode32")
+    (kernel,) = prebuild.kernels(request, torch.bfloat16, 64, 64, "sm_80")
+    spec = ae.AttentionSpec(mask_mod=lambda b, h, q_idx, kv_idx: q_idx >= kv_idx)
+    captures = dispatch.captures_for(spec)
+    called = dispatch.program(spec, captures, torch.bfloat16, 64, 64, "sm_80")
+    assert called.in_form(Form.of_sequences(4 * 8)).sources.forward == kernel.source
+    command = called.in_form(Form.of_sequences(4 * 8))._remedy("forward", kernel.source)
+    assert "--specs builtin:causal --dtypes bf16 --head-dims 64 --forms decode32 " in command
+    other = ae.AttentionSpec(mask_mod=lambda b, h, q, k: q >= 2 * k)
+    made = dispatch.program(
+        other, dispatch.captures_for(other), torch.bfloat16, 64, 64, "sm_80", Form(0, True, True)
+    )
+    said = made._remedy("forward", made.sources.forward)
+    assert 'head_dims=64, forms="prefill", shared_kv=True)]' in said
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"forms": "decode8"}, "forms has 'decode8': expected 'dense', 'decode', 'prefill', 'deco"),
+        ({"forms": ()}, "forms is empty"),
+        ({"shared_kv": True}, "forms must not have 'dense'"),
+    ],
+)
+def test_forms_that_there_are_not(given: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Request(ae.AttentionSpec(), **given)
+
+
+def test_forms_of_files_and_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "kernels.json"
+    file.write_text('[{"variant": "causal", "forms": ["decode", "prefill"], "shared_kv": true}]')
+    (request,) = prebuild.read_requests(str(file))  # type: ignore[misc]
+    assert len(request.kernel_forms()) == 4 and all(f.shared_kv for f in request.kernel_forms())
+    options = prebuild_run.Options("builtin", "sm80", tmp_path, forms=["decode16"])
+    (changed,) = prebuild_run._overruled([request], options)
+    assert changed.kernel_forms() == (Form(16, True),)
+    with pytest.raises(ValueError, match="--shared-kv belongs to --forms"):
+        prebuild_run._overruled([request], dataclasses.replace(options, forms=(), shared_kv=True))
