@@ -197,6 +197,7 @@ def compile(
         backward = dispatch.tensors_require_grad((q, k, v, *handle.tensors))
     if backward:
         handle.program.both()
+    handle.program.forward()
     return handle
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -96,7 +97,8 @@ class Handle:
         # Kernels take a positive scale; its sign, or zero, goes into q.
         self.q_factor = 1.0 if self.scale > 0 else (-1.0 if self.scale < 0 else 0.0)
         self.scale = abs(self.scale) or 1.0
-        self.id = program.forward()
+        if not program.is_cuda:
+            self.id = program.forward()
         self.trainable = [i for i in program.sources.grads if tensors[i].requires_grad]
         # A CUDA kernel has no gradients: a captured tensor that wants one is refused when called.
         self.capture_grads = bool(self.trainable) or (
@@ -115,8 +117,14 @@ class Handle:
         # torch.compile's graphs stay in this process and hold a short key; torch.export's leave it
         # and hold the program.
         self.portable = program.portable
-        ops.register_key(self.key, program.load)
+        ops.register_key(self.key, program.load, ops.info_of(program) if program.is_cuda else None)
         ops.register_program(self.portable, program)
+
+    @functools.cached_property
+    def id(self) -> int:
+        """The kernel of dense calls; a CUDA kernel is built when one comes, for calls on caches and
+        packed sequences have kernels of their own."""
+        return self.program.forward()
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_aux: Any = None

@@ -61,6 +61,7 @@ class KeyInfo:
     user_stats: int
     grad_mask: int
     frozen: int = 0
+    cuda: bool = False  # its kernels are for CUDA tensors
 
 
 Resolver = Callable[[str], int]
@@ -101,17 +102,18 @@ def resolve(key: str, kind: str) -> int:
 def register_program(text: str, program: dispatch.Program) -> None:
     """Makes a program's own text usable as a key. Tracing then knows its shapes, uncompiled."""
     if text not in _resolvers:
-        stats, user = program.sources.stored, len(program.sources.stats)
-        mask = sum(1 << i for i in program.sources.grads)
-        register_key(text, program.load, KeyInfo(stats, user, mask, serialize.frozen(text)))
+        register_key(text, program.load, info_of(program, serialize.frozen(text)))
+
+
+def info_of(program: dispatch.Program, frozen: int = 0) -> KeyInfo:
+    """What tracing must know of a program: none of its kernels is built for it."""
+    x, mask = program.sources, sum(1 << i for i in program.sources.grads)
+    return KeyInfo(x.stored, len(x.stats), mask, frozen, program.is_cuda)
 
 
 def _saved_stats(key: str) -> tuple[int, int]:
     """(all, user's) row statistics that the forward kernel of ``key`` saves."""
-    known = _known(key)
-    if known is None:
-        info = library.kernel_info(resolve(key, "forward"))
-        return info.stats, info.user_stats
+    known = _known(key) or library.kernel_info(resolve(key, "forward"))
     return known.stats, known.user_stats
 
 
@@ -121,9 +123,14 @@ def _known(key: str) -> KeyInfo | None:
     return _key_infos.get(key)
 
 
+def _on_cuda(key: str) -> bool:
+    known = _known(key)
+    return known.cuda if known else library.kernel_info(resolve(key, "forward")).cuda is not None
+
+
 def _grad_mask(key: str) -> int:
     known = _known(key)
-    if known is None:
+    if known is None or known.cuda:  # of a CUDA program it raises: there is no gradient
         return library.kernel_info(resolve(key, "backward")).grad_mask
     return known.grad_mask
 

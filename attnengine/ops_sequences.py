@@ -183,13 +183,11 @@ def _attention_sequences_fake(
     *tables: Any,
 ) -> tuple[Tensor, Tensor]:
     _check(q, k, v, tables)
-    if q.device.type == "cuda":  # a kernel for the CPU must not pass for one
-        kernel = ops.resolve(key, "forward")
-        if not ops._has_place(library.kernel_info(kernel), q):
-            raise ValueError(
-                f"q is on {q.device} but the kernel of this graph was compiled for the CPU; "
-                "compile one for CUDA tensors, or use CPU tensors (.cpu())"
-            )
+    if q.device.type == "cuda" and not ops._on_cuda(key):  # one for the CPU must not pass
+        raise ValueError(
+            f"q is on {q.device} but the kernel of this graph was compiled for the CPU; "
+            "compile one for CUDA tensors, or use CPU tensors (.cpu())"
+        )
     return ops._fake_results(q, v, ops._saved_stats(key)[0])
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import attnengine as ae
-from attnengine import dispatch, gate, library
+from attnengine import api, build, dispatch, gate, library, ops, ops_sequences, program
 from attnengine.key import Form
 from attnengine.target import isa_of
 from tests import ptxsim
@@ -300,8 +300,8 @@ def test_row_functions_of_users() -> None:
     every(Batch(ae.AttentionSpec(row_func=MergedSoftmax()), RAGGED), ["cache"])
     unsplit = Batch(ae.AttentionSpec(row_func=UserSoftmax()), RAGGED)
     every(unsplit, ["cache"])
-    program = run(unsplit.spec, cache(unsplit), unsplit.form, True)[0]
-    assert not program.in_form(unsplit.form).sources.forward.count("AE_EXPORT_COMBINE")
+    made = run(unsplit.spec, cache(unsplit), unsplit.form, True)[0]
+    assert not made.in_form(unsplit.form).sources.forward.count("AE_EXPORT_COMBINE")
 
 
 def test_a_row_function_without_states() -> None:
@@ -381,6 +381,28 @@ def test_the_choice_follows_the_bounds() -> None:
         x = Batch(ae.AttentionSpec(), (keys,))
         x.check(pages(x, 64))
         assert ("workspace" in ptxsim.counters()["regions"]) == split
+
+
+def test_a_call_on_a_cache_builds_its_kernel_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does tracing one; the dense kernel comes with the first dense call."""
+    built, real = [], build.device_module
+    monkeypatch.setattr(program, "_programs", {})
+    monkeypatch.setattr(build, "device_module", lambda *a: built.append(a[2]) or real(*a))
+    spec = ae.AttentionSpec()
+    x = Batch(spec, (40, 3))
+    call = cache(x)
+    handle = api._handle(call.q, call.k, call.v, spec, "sm_80", backward=False)
+    names = ("q_start", "q_end", "key_start", "key_end", "kv_row", "pages")
+    tables = *(call.tables.get(n) for n in names), 1, 1 << 20, 0, True
+    operands = call.q, call.k, call.v, []
+    kernel = handle.sequences_id(*operands[:3], 1)
+    out, _ = ops_sequences.forward_sequences(*operands, kernel, handle.scale, False, *tables)
+    key = handle.key
+    traced, _ = torch.ops.attnengine.attention_sequences(*operands, key, handle.scale, *tables)
+    assert torch.equal(out, traced) and ops._saved_stats(key) == (1, 1) and ops._on_cuda(key)
+    assert len(built) == 1 and built[0].endswith("decode16")
+    handle(call.q, call.k[: len(x.k)], call.v[: len(x.v)])
+    assert len(built) == 2
 
 
 def test_a_dense_kernel_refuses_sequences() -> None:
