@@ -1,0 +1,65 @@
+// Types and sizes of linear attention on the CPU: what forward and backward share, before any
+// arithmetic.
+#pragma once
+#include "common/env.h"
+#include "common/linear.h"
+#include "common/linear_abi.h"
+#include "cpu/gemm.h"
+#include "cpu/module.h"
+#include "cpu/pack.h"
+
+namespace ae {
+
+constexpr int kLinearBlock = 16;  // tokens of a diagonal block; a chunk is whole blocks
+
+constexpr int64_t linear_line(int64_t bytes) { return round_up(bytes, 64); }
+
+template <class Plan>
+struct LinearTypes {
+  using Elem = typename Plan::Elem;
+  using Acc = typename Plan::Acc;
+  using M = std::conditional_t<Plan::kBf16Dot, bf16, Acc>;  // what products multiply
+  using L = Lanes<Acc>;
+  using V = typename L::Acc;
+  static_assert(!Plan::kBf16Dot || (kHasBf16Dot && __is_same(Elem, bf16)),
+                "bf16 dot products need bf16 operands and AVX512_BF16");
+  static_assert(Plan::kChunk % kLinearBlock == 0 && Plan::kChunk > 0, "a chunk is whole blocks");
+  static constexpr int W = L::W;
+  static constexpr int kPair = __is_same(M, Acc) ? 1 : 2;  // consecutive k of one product step
+  static constexpr int kChunk = Plan::kChunk, kBlocks = kChunk / kLinearBlock;
+  static constexpr int kD = Plan::kD, kDv = Plan::kDv;
+  static constexpr int kDPitch = row_pitch<Acc>(kD);        // elements of a packed row of q or k
+  static constexpr int kDSteps = (kD + kPair - 1) / kPair;  // product steps over channels
+  static constexpr int kDRows = kDSteps * kPair;            // rows of a transposed tile
+  static constexpr DecayKind kDecay = Plan::kDecay;
+  static constexpr bool kScalar = kDecay == DecayKind::kScalar;
+  static constexpr bool kChannel = kDecay == DecayKind::kChannel;
+
+  // Columns of v come in equal panels of at most 256 bytes of sums: four registers of AVX-512, and
+  // rows that lie a power of two apart do not evict each other.
+  static constexpr int kMostColumns = 256 / sizeof(Acc);
+  static constexpr int kPanels = (kDv + kMostColumns - 1) / kMostColumns;
+  static constexpr int kPanel = int(round_up((kDv + kPanels - 1) / kPanels, W));
+  static constexpr int64_t kPanelState = int64_t(kDRows) * kPanel;  // of one panel, elements
+  static constexpr int panel_width(int panel) {
+    return kDv - panel * kPanel < kPanel ? kDv - panel * kPanel : kPanel;
+  }
+  // Columns of a state in memory.
+  static constexpr int kStateColumns = kDv + (Plan::kNormalizer ? 1 : 0);
+};
+
+// A chunk of one head: batch row, key and value head, first token, live tokens.
+struct LinearAt {
+  int64_t b, hk, h, t;
+  int n;
+};
+
+// Rows of an operand, elements of type E.
+template <class E>
+struct LinearRows {
+  const E* base;
+  int64_t stride, col;
+  AE_INLINE const E* operator()(int64_t i) const { return base + i * stride; }
+};
+
+}  // namespace ae
