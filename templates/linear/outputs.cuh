@@ -1,0 +1,361 @@
+// The output pass: one thread block for each chunk, head and block of value columns, all at once.
+// Each warp has 16 tokens of the chunk.
+//
+//   W = scale (Q K^T), decayed from token s to token t >= s, 0 above
+//   O = scale (Q e^(decays so far)) S_chunk + W V
+//
+// Scalar decay: sums of log-decays along the chunk, begun anew at every token that forgets
+// all, so their differences are finite and exponents not positive. Channel decay:
+// linear/channel.cuh. Decays and the scale multiply fp32 sums, except that of channel decays, which
+// have to multiply the operands.
+#pragma once
+#include "linear/channel.cuh"
+#include "linear/tiles.cuh"
+#include "linear/unit.cuh"
+
+namespace ae {
+
+template <class Plan, class Fn>
+class LinearOutputs {
+ public:
+  static constexpr int kThreads = 2 * kLinearChunk;
+  using Params = LinearParams<kLinearCaptures<Fn>>;
+
+ private:
+  using Elem = typename Plan::Elem;
+  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kColumns = Plan::kValueBlock, kSums = kColumns / 4;
+  static constexpr int kRows = round_up_16(Plan::kD), kPitch = round_up_16(Plan::kDv);
+  static constexpr int kTilesV = (Plan::kDv + kColumns - 1) / kColumns;
+  static constexpr int kKeys = kLinearChunk / 4;  // of a row and thread
+  static constexpr bool kChannel = Plan::kDecay == DecayKind::kChannel;
+  static constexpr bool kScalar = Plan::kDecay == DecayKind::kScalar;
+  using QTile = SharedTile<kLinearChunk, Plan::kD>;
+  using VTile = SharedTile<kLinearChunk, kColumns>;
+  using STile = SharedTile<kRows, kColumns>;
+  using Channels = ChannelDecay<Plan, kChannel>;
+
+ public:
+  // One after the other in dynamic shared memory.
+  static constexpr int kK = QTile::kBytes, kV = kK + QTile::kBytes, kS = kV + VTile::kBytes;
+  static constexpr int kDecays = kS + STile::kBytes;
+  static constexpr int kBytes = kDecays + Channels::kBytes;
+  static_assert(Plan::kOutputBytes == kBytes, "the plan's shared memory total is wrong");
+
+  struct Small {
+    float
+        decay[kLinearChunk];  // scalar: sum of log2-decays since token `since`, that one's own not
+    int since[kLinearChunk];  // the last token that forgot all, up to this one; -1: none
+    float tops[kWarps];
+    int64_t sequence;
+  };
+
+  __device__ __forceinline__ LinearOutputs(const Params& params, char* shared, Small& small)
+      : params_(params),
+        p_(params.p),
+        env_{params.cap, params.p.fault, params.p.L},
+        shared_(shared),
+        small_(small),
+        lane_(int(threadIdx.x) % 32),
+        warp_(int(threadIdx.x) / 32) {}
+
+  __device__ __forceinline__ void run() {
+    const unsigned index = blockIdx.x, head = index / kTilesV;
+    const int column = int(index % kTilesV) * kColumns;
+    const int64_t h = head % unsigned(p_.H), slot = head / unsigned(p_.H);
+    if (threadIdx.x == 0) small_.sequence = sequence_of(p_, params_.work, slot);
+    __syncthreads();
+    const int64_t sequence = small_.sequence;
+    const LinearSequence own(p_, sequence);
+    const int64_t c = slot - first_slot(p_, params_.work, sequence);
+    if (c < 0 || c >= own.chunks()) return;
+    const int64_t first = own.first + c * kLinearChunk;
+    const int count = own.count(int(c));
+    const bool has_state = c > 0 || p_.state != nullptr;
+
+    fill(own.b, h, first, count, column);
+    cute::cp_async_fence();
+    fill_values(own.b, h, first, count, column);
+    float state_scale = 1;
+    if (has_state) state_scale = fill_state(slot, h, column);
+    cute::cp_async_fence();
+    if constexpr (kScalar) {
+      if (warp_ == 0) sum_decays(own.b, h, first, count);
+    }
+    if constexpr (kChannel) {
+      Channels::template fill<Fn>(env_, p_, shared_ + kDecays, own.b, h, first, count);
+    }
+    cute::cp_async_wait<1>();
+    __syncthreads();
+
+    float o[2][kSums] = {};
+    uint32_t w[kLinearChunk / 16][4];
+    const float scale = float(p_.scale);
+    if constexpr (kChannel) {
+      float s[2][kKeys] = {};
+      Channels::template begin<Elem, QTile>(shared_, shared_ + kK, shared_ + kDecays, s, warp_,
+                                            lane_);
+      cute::cp_async_wait<0>();
+      __syncthreads();  // of K, what each warp has weighed; V and S are there
+      Channels::template finish<Elem, QTile, STile>(shared_, shared_ + kK, shared_ + kDecays,
+                                                    shared_ + kS, has_state, s, o, warp_, lane_);
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) {
+        o[0][i] *= scale * state_scale;
+        o[1][i] *= scale * state_scale;
+      }
+      weigh(scale, s);
+      pack(s, w);
+    } else {
+      float s[2][kKeys] = {};
+      score(s);
+      weigh(scale, s);
+      pack(s, w);
+      cute::cp_async_wait<0>();
+      __syncthreads();
+      if (has_state) {
+        apply_state(o);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const float factor = state_scale * scale * since_start(row(r));
+#pragma unroll
+          for (int i = 0; i < kSums; ++i) o[r][i] *= factor;
+        }
+      }
+    }
+
+    const auto v = read_b_transposed<VTile>(shared_ + kV, lane_);
+#pragma unroll
+    for (int step = 0; step < kLinearChunk / 16; ++step) {
+      if (step > warp_) break;  // later tokens
+#pragma unroll
+      for (int pair = 0; pair < kColumns / 16; ++pair) {
+        uint32_t b[4];
+        v.load_transposed(16 * step, 2 * pair, b);
+        multiply_add<Elem>(o[0], o[1], 2 * pair, w[step], b[0], b[1]);
+        multiply_add<Elem>(o[0], o[1], 2 * pair + 1, w[step], b[2], b[3]);
+      }
+    }
+    store(own.b, h, first, count, column, o);
+  }
+
+ private:
+  const Params& params_;
+  const ae_linear_params& p_;
+  const Env env_;
+  char* const shared_;
+  Small& small_;
+  const int lane_, warp_;
+
+  // The token of the thread's row r.
+  __device__ __forceinline__ int row(int r) const { return 16 * warp_ + lane_ / 4 + 8 * r; }
+
+  // ---- filling shared memory ----
+  __device__ __forceinline__ static Window rows_of(const void* data, const int64_t* s, int64_t b,
+                                                   int64_t h, int64_t first, int count, int column,
+                                                   int columns) {
+    return {static_cast<const uint16_t*>(data) + b * s[0] + h * s[1] + first * s[2] + column * s[3],
+            s[2], s[3], count, columns};
+  }
+
+  __device__ __forceinline__ void fill(int64_t b, int64_t h, int64_t first, int count,
+                                       int column) const {
+    const int64_t head = h / (p_.H / p_.Hk);
+    const Window q = rows_of(p_.q, p_.q_stride, b, head, first, count, 0, Plan::kD);
+    const Window k = rows_of(p_.k, p_.k_stride, b, head, first, count, 0, Plan::kD);
+    if constexpr (Fn::kHasQMod) {
+      const auto f = [&](const HookAt& at, float x) { return Fn::q_mod(env_, at, x); };
+      fill_window<QTile, Elem, kThreads>(shared_, q, hook_at({b, head, first, 0, 1}, f));
+    } else {
+      fill_window<QTile, Elem, kThreads>(shared_, q, NoHook{});
+    }
+    if constexpr (Fn::kHasKMod) {
+      const auto f = [&](const HookAt& at, float x) { return Fn::k_mod(env_, at, x); };
+      fill_window<QTile, Elem, kThreads>(shared_ + kK, k, hook_at({b, head, first, 0, 1}, f));
+    } else {
+      fill_window<QTile, Elem, kThreads>(shared_ + kK, k, NoHook{});
+    }
+  }
+
+  __device__ __forceinline__ void fill_values(int64_t b, int64_t h, int64_t first, int count,
+                                              int column) const {
+    const Window v = rows_of(p_.v, p_.v_stride, b, h, first, count, column, Plan::kDv - column);
+    if constexpr (Fn::kHasVMod) {
+      const auto f = [&](const HookAt& at, float x) { return Fn::v_mod(env_, at, x); };
+      fill_window<VTile, Elem, kThreads>(shared_ + kV, v, hook_at({b, h, first, column, 1}, f));
+    } else {
+      fill_window<VTile, Elem, kThreads>(shared_ + kV, v, NoHook{});
+    }
+  }
+
+  // Returns what a product with the tile is to be multiplied by. An fp16 tile is scaled by a power
+  // of two, so that its largest element lies in [2^13, 2^14).
+  __device__ __forceinline__ float fill_state(int64_t slot, int64_t h, int column) const {
+    const int64_t at = (slot * p_.H + h) * int64_t(kRows * kPitch) + column;
+    const auto* from = static_cast<const StoredState<Plan>*>(params_.work.states) + at;
+    if constexpr (sizeof(*from) == 2) {
+      const Window state{from, kPitch, 1, kRows, kPitch - column};
+      fill_window<STile, Elem, kThreads>(shared_ + kS, state, NoHook{});
+      return 1;
+    } else {
+      constexpr int kPairs = kColumns / 2;
+      const auto pair_at = [&](int i) {
+        const int d = i / kPairs, n = i % kPairs * 2;
+        return column + n < kPitch ? *reinterpret_cast<const float2*>(from + d * kPitch + n)
+                                   : make_float2(0.0f, 0.0f);
+      };
+      float top = 0;
+      for (int i = int(threadIdx.x); i < kRows * kPairs; i += kThreads) {
+        const float2 x = pair_at(i);
+        top = fmaxf(top, fmaxf(fabsf(x.x), fabsf(x.y)));
+      }
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+      if (lane_ == 0) small_.tops[warp_] = top;
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < kWarps; ++i) top = fmaxf(top, small_.tops[i]);
+      const int exponent = int(__float_as_uint(top) >> 23);
+      int shift = exponent == 0 || exponent == 255 ? 0 : 127 + 13 - exponent;
+      shift = shift < 100 ? shift : 100;
+      const float down = __uint_as_float(uint32_t(127 + shift) << 23);
+      for (int i = int(threadIdx.x); i < kRows * kPairs; i += kThreads) {
+        const float2 x = pair_at(i);
+        const int n = i % kPairs * 2;
+        *reinterpret_cast<uint32_t*>(shared_ + kS + STile::at(i / kPairs, n / kChunkElements) +
+                                     n % kChunkElements * 2) = pack2<Elem>(x.x * down, x.y * down);
+      }
+      return __uint_as_float(uint32_t(127 - shift) << 23);
+    }
+  }
+
+  // One warp: lane l has tokens 2 l and 2 l + 1.
+  __device__ __forceinline__ void sum_decays(int64_t b, int64_t h, int64_t first, int count) {
+    float g[2];
+    int since[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int t = 2 * lane_ + i;
+      g[i] = t < count ? log2_decay<Plan, Fn>(env_, p_, b, h, first + t, 0) : 0.0f;
+      since[i] = g[i] < kForgets ? t : -1;
+      if (since[i] >= 0) g[i] = 0;
+    }
+    float sum = since[1] >= 0 ? 0.0f : g[0] + g[1];
+    int last = since[1] >= 0 ? since[1] : since[0];
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const float before = __shfl_up_sync(~0u, sum, step);
+      const int forgot = __shfl_up_sync(~0u, last, step);
+      if (lane_ < step) continue;
+      if (last < 0) {
+        sum += before;
+        last = forgot;
+      }
+    }
+    float before = __shfl_up_sync(~0u, sum, 1);
+    int forgot = __shfl_up_sync(~0u, last, 1);
+    if (lane_ == 0) before = 0, forgot = -1;
+    const int token = 2 * lane_;
+    small_.decay[token] = since[0] >= 0 ? 0.0f : before + g[0];
+    small_.since[token] = since[0] >= 0 ? since[0] : forgot;
+    small_.decay[token + 1] = sum;
+    small_.since[token + 1] = last;
+  }
+
+  // What is left at token t of the state that the chunk starts from.
+  __device__ __forceinline__ float since_start(int t) const {
+    if constexpr (!kScalar) return 1;
+    return small_.since[t] < 0 ? ex2(small_.decay[t]) : 0.0f;
+  }
+
+  // ---- products ----
+  __device__ __forceinline__ void score(float (&s)[2][kKeys]) const {
+    const auto q = read_a<QTile>(shared_, 16 * warp_, lane_);
+    const auto k = read_b<QTile>(shared_ + kK, lane_);
+#pragma unroll
+    for (int step = 0; step < kRows / 16; ++step) {
+      uint32_t a[4];
+      q.load(0, 2 * step, a);
+#pragma unroll
+      for (int pair = 0; pair < kLinearChunk / 16; ++pair) {
+        if (pair > warp_) break;
+        uint32_t b[4];
+        k.load(16 * pair, 2 * step, b);
+        multiply_add<Elem>(s[0], s[1], 2 * pair, a, b[0], b[1]);
+        multiply_add<Elem>(s[0], s[1], 2 * pair + 1, a, b[2], b[3]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void apply_state(float (&o)[2][kSums]) const {
+    const auto q = read_a<QTile>(shared_, 16 * warp_, lane_);
+    const auto state = read_b_transposed<STile>(shared_ + kS, lane_);
+#pragma unroll
+    for (int step = 0; step < kRows / 16; ++step) {
+      uint32_t a[4];
+      q.load(0, 2 * step, a);
+#pragma unroll
+      for (int pair = 0; pair < kColumns / 16; ++pair) {
+        uint32_t b[4];
+        state.load_transposed(16 * step, 2 * pair, b);
+        multiply_add<Elem>(o[0], o[1], 2 * pair, a, b[0], b[1]);
+        multiply_add<Elem>(o[0], o[1], 2 * pair + 1, a, b[2], b[3]);
+      }
+    }
+  }
+
+  // Tokens that are not later, by what is left of them. Channel decays are in the scores already.
+  __device__ __forceinline__ void weigh(float scale, float (&s)[2][kKeys]) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int t = row(r);
+      const float now = kScalar ? small_.decay[t] : 0.0f;
+      const int since = kScalar ? small_.since[t] : 0;
+#pragma unroll
+      for (int c = 0; c < kKeys; ++c) {
+        const int key = c / 2 * 8 + c % 2 + lane_ % 4 * 2;
+        const bool live = key <= t && (!kScalar || key >= since);
+        const float decays = kScalar ? now - small_.decay[key] : 0.0f;
+        const float left = ex2(decays > 0 ? 0.0f : decays);  // by a rounding; NaN stays
+        s[r][c] = live ? s[r][c] * (scale * left) : 0.0f;
+      }
+    }
+  }
+
+  __device__ __forceinline__ static void pack(const float (&s)[2][kKeys],
+                                              uint32_t (&w)[kLinearChunk / 16][4]) {
+#pragma unroll
+    for (int step = 0; step < kLinearChunk / 16; ++step) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int c = 4 * step + i / 2 * 2;
+        w[step][i] = pack2<Elem>(s[i % 2][c], s[i % 2][c + 1]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(int64_t b, int64_t h, int64_t first, int count, int column,
+                                        float (&o)[2][kSums]) const {
+    const int64_t* s = p_.out_stride;
+    uint16_t* base =
+        static_cast<uint16_t*>(p_.out) + b * s[0] + h * s[1] + first * s[2] + column * s[3];
+    const int columns = Plan::kDv - column;
+    const bool vectors = Window{base, s[2], s[3], count, columns}.vectors();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const bool exists = row(r) < count;
+      if constexpr (Fn::kHasOutMod) {
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) {
+          const int d = i / 2 * 8 + lane_ % 4 * 2 + i % 2;
+          if (exists && d < columns) {
+            o[r][i] = Fn::out_mod(env_, HookAt{b, h, first + row(r), column + d, 1}, o[r][i]);
+          }
+        }
+      }
+      store_sums<Elem, kColumns>(base + row(r) * s[2], s[3], vectors, exists, columns, o[r], lane_);
+    }
+  }
+};
+
+}  // namespace ae
