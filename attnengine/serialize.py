@@ -121,6 +121,8 @@ def _expect(good: bool, text: str) -> None:
 
 
 class _Reader:
+    family = "attnengine"
+
     def __init__(self, text: str) -> None:
         _expect(len(text) <= _MAX_BYTES, f"{len(text)} characters, at most {_MAX_BYTES}")
         try:
@@ -128,9 +130,9 @@ class _Reader:
         except (ValueError, RecursionError) as error:
             raise _Invalid(f"not JSON ({error}); export the model again") from None
         _expect(isinstance(data, dict), "not an object")
-        if data.get("attnengine") != FORMAT:
+        if data.get(self.family) != FORMAT:
             raise _Invalid(
-                f"it has format {data.get('attnengine')!r} and this version of attnengine reads "
+                f"it has format {data.get(self.family)!r} and this version of attnengine reads "
                 f"format {FORMAT}: install the version that exported it, or export it again"
             )
         self.data: dict[str, Any] = data
@@ -145,21 +147,7 @@ class _Reader:
         isa = self.data.get("isa")
         _expect(isa is None or isinstance(isa, str), f"isa={isa!r}")
         self.dtype = "f64" if element == "f64" else "f32"
-        for item in self.items(self.data.get("captures"), "captures"):
-            _expect(
-                isinstance(item, list)
-                and len(item) == 3
-                and isinstance(item[0], str)
-                and item[0] in TORCH_DTYPES
-                and type(item[1]) is int
-                and 0 <= item[1] <= _MAX_RANK
-                and type(item[2]) is bool
-                and (not item[2] or item[0] in FLOATS),
-                f"captured tensor {item!r}",
-            )
-            self.captures.append((item[0], item[1], item[2]))
-        for item in self.items(self.data.get("nodes"), "nodes"):
-            self.node(item)
+        self.read_nodes()
         row = self.data.get("row")
         _expect(isinstance(row, dict), "row is missing")
         assert isinstance(row, dict)
@@ -191,15 +179,36 @@ class _Reader:
             None if mask is None else self.root(mask, "mask", "bool"),
             None if score is None else self.root(score, "score"),
             graphs, operands,
-            tuple(
-                torch.empty((1,) * rank, dtype=TORCH_DTYPES[d], device="meta", requires_grad=grad)
-                for d, rank, grad in self.captures
-            ),
-            tuple(range(len(self.captures))),
+            self.kinds_of_captures(), tuple(range(len(self.captures))),
         )  # fmt: skip
         return Meaning(traced, TORCH_DTYPES[str(element)], dims[0], dims[1], isa)  # type: ignore[arg-type]
 
     # -- parts ----------------------------------------------------------------------------------
+    def read_nodes(self) -> None:
+        """The captured tensors and the scalar graph."""
+        for item in self.items(self.data.get("captures"), "captures"):
+            _expect(
+                isinstance(item, list)
+                and len(item) == 3
+                and isinstance(item[0], str)
+                and item[0] in TORCH_DTYPES
+                and type(item[1]) is int
+                and 0 <= item[1] <= _MAX_RANK
+                and type(item[2]) is bool
+                and (not item[2] or item[0] in FLOATS),
+                f"captured tensor {item!r}",
+            )
+            self.captures.append((item[0], item[1], item[2]))
+        for item in self.items(self.data.get("nodes"), "nodes"):
+            self.node(item)
+
+    def kinds_of_captures(self) -> tuple[torch.Tensor, ...]:
+        """Tensors that have the captured ones' dtype, rank and need of a gradient, and no data."""
+        return tuple(
+            torch.empty((1,) * rank, dtype=TORCH_DTYPES[d], device="meta", requires_grad=grad)
+            for d, rank, grad in self.captures
+        )
+
     def items(self, x: Any, what: str) -> list:
         _expect(isinstance(x, list), f"{what} is not a list")
         return x
