@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,11 +51,15 @@ class Unsupported(Exception):
 
 
 class Lowering:
-    """Builds graph nodes from aten calls. ``keys`` is the traced length of a row of scores."""
+    """Builds graph nodes from aten calls. ``keys`` is the traced length of a row of scores.
+    ``sizes`` gives the size of the dimension that an index node (by id) runs through."""
 
-    def __init__(self, graph: Graph, keys: int | None = None) -> None:
+    def __init__(
+        self, graph: Graph, keys: int | None = None, sizes: Mapping[int, int] | None = None
+    ) -> None:
         self.graph = graph
         self.keys = keys
+        self.sizes = sizes or {}
 
     # -- scalars --------------------------------------------------------------------------------
     def index_const(self, i: int) -> Node:
@@ -226,6 +230,8 @@ def position(low: Lowering, i: Node, size: int) -> Node:
 
 def checked(low: Lowering, i: Node, size: int, at: Node) -> Node:
     """``at``, where the position ``i`` is below ``size``; elsewhere out of any tensor's range."""
+    if low.sizes.get(i.id, size + 1) <= size:
+        return at
     lo, hi = _bounds(i)
     for bad, op, limit in ((lo < 0, "ge", 0), (hi >= size, "lt", size)):
         if bad:

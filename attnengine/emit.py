@@ -293,7 +293,7 @@ class Emitter:
         args = [str(n.attr[0])]
         live = self.live if n.vec else "true"
         function = "gather"
-        indices = [self.index(a) for a in n.args]
+        indices = self.indices(n)
         if n.vec and self.run_start is not None and not any(a.vec for a in n.args[:-1]):
             start = self.run(n.args[-1])
             if start is not None:
@@ -303,6 +303,10 @@ class Emitter:
         if function == "gather_run" and by_query(n.args):
             template += f", void, {len(n.args)}, true"
         return f"ae::{function}<{template}>({', '.join(args)})"
+
+    def indices(self, n: Node) -> list[str]:
+        """Of a gather, one for each dimension."""
+        return [self.index(a) for a in n.args]
 
     def index(self, n: Node) -> str:
         return self.as_rep(n, "i64" if self.rep(n) == "i64" else "i32")

@@ -29,6 +29,7 @@ _READS = (
     "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__",
     "__array__", "__contains__",
 )  # fmt: skip
+_SIZES = ("size", "numel", "nelement", "__len__", "view_as", "reshape_as")
 _DATA_DEPENDENT = "a branch or .item() on a tensor is data-dependent"
 
 
@@ -43,12 +44,14 @@ class _UserLines(TorchFunctionMode):
         self.guard = guard  # torch.func's own calls are trusted
         self.calls: list[tuple[str, str]] = []
         self.made: dict[int, torch.Tensor] = {}  # by storage; held, so that none is used again
+        self.read_sizes = False
 
     def __torch_function__(
         self, func: Any, types_: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         name = getattr(func, "__name__", str(func))
         self.calls.append((name, self.line()))
+        self.read_sizes |= name in _SIZES or getattr(func, "__self__", None) is torch.Tensor.shape
         if self.guard:
             self.check(name, args, kwargs or {})
         if func is torch.Tensor.__getitem__:
@@ -179,6 +182,7 @@ class Tracer:
     score_dtype: str
     used: dict[int, int] = field(default_factory=dict)  # position in tensors -> capture number
     extra: list[torch.Tensor] = field(default_factory=list)  # captured, but not found by the walk
+    read_sizes: bool = False  # a callable asked a tensor for its sizes
 
     def __post_init__(self) -> None:
         self.positions = {id(t): i for i, t in enumerate(self.tensors)}
@@ -201,10 +205,12 @@ class Tracer:
         what: str,
         constants: Callable[[torch.Tensor], Value | None] | None = None,
         keys: int | None = None,
+        low: Lowering | None = None,
     ) -> Any:
         """Trace ``fn`` on arguments (name, graph value, example); returns its lowered result."""
         module, lines = trace_fx(fn, [a[2] for a in arguments], what, guard=True)
-        low = Lowering(self.graph, keys)
+        self.read_sizes |= lines.read_sizes
+        low = low or Lowering(self.graph, keys)
         fresh = _inline_constants(module)
 
         def captured(tensor: torch.Tensor) -> Value | None:
@@ -266,9 +272,11 @@ def _decompositions() -> Mapping:
 def trace_fx(
     fn: Callable, examples: Sequence[torch.Tensor], what: str, guard: bool = False
 ) -> tuple[torch.fx.GraphModule, _UserLines]:
+    from torch._subclasses.fake_tensor import FakeTensor
     from torch.fx.experimental.proxy_tensor import make_fx
 
     mode = _UserLines(_codes(fn), guard)
+    fake = any(isinstance(e, FakeTensor) for e in examples)  # only sizes: no data is computed
 
     def call(*args: torch.Tensor) -> Any:
         with mode:
@@ -276,9 +284,11 @@ def trace_fx(
 
     try:
         with torch.enable_grad():
-            module = make_fx(call, decomposition_table=dict(_decompositions()))(
-                *[e.clone() for e in examples]
-            )
+            tracer = make_fx(
+                call, dict(_decompositions()), "fake" if fake else "real",
+                _allow_non_fake_inputs=fake,
+            )  # fmt: skip
+            module = tracer(*(examples if fake else [e.clone() for e in examples]))
     except TraceError:
         raise
     except Exception as e:

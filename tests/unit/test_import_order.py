@@ -15,7 +15,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "foundation": ("errors", "settings", "platform_tag", "clean_thread"),
     "spec": ("spec", "rows", "variants"),
     "meaning": ("products", "reference", "noise", "gate"),
-    "trace": ("ir", "capture", "aten", "lower", "trace", "probe", "derive"),
+    "trace": ("ir", "capture", "aten", "lower", "trace", "probe", "pullback", "derive"),
     "normalize": ("key", "serialize", "blockmask"),
     "plan": ("arch", "diagonal", "plan", "plan_cuda"),
     "generate": ("emit", "dialect", "unit", "source", "source_backward"),

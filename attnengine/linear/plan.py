@@ -1,0 +1,200 @@
+"""From a linear-attention key to a plan: chunk lengths, the cost of each by resource, the cheapest.
+
+A chunk of C tokens costs products of C x C scores, which grow with C, and one read and one write of
+the state, which C tokens share. As in :mod:`attnengine.plan`, a plan depends on the key and the
+target, never on lengths, so one kernel serves every shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+
+from ..arch import CPU, CpuArch
+from ..diagonal import instructions
+from ..plan import VIRTUAL_WORKERS, Tensor
+from .key import LinearKey
+from .scratch import Sizes, scratch_bytes
+from .trace import TracedLinear
+
+MAX_DIM = 1024  # of k and of v
+BLOCK = 16  # tokens: chunks are made of whole blocks
+CHUNKS = (16, 32, 48, 64, 96, 128, 192, 256)
+MAX_CHUNK_BYTES = 4 << 20  # of a worker's scratch beside the state: it must stay near the core
+_BYTES = {"f32": 4, "f64": 8, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class LinearCost:
+    """Predicted cycles per 1000 tokens of one value head on one core, by resource."""
+
+    multiply: float  # matrix products
+    solve: float  # the delta rule's triangular system
+    pointwise: float  # decays, hooks, packing
+    cache: float  # states and operands
+    overhead: float  # calls and loop ends of every chunk
+
+    @property
+    def total(self) -> float:
+        return self.multiply + self.solve + self.pointwise + self.cache + self.overhead
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """Every decision of one kernel. C++ receives the same fields as a trait struct."""
+
+    kind: str
+    target: str
+    element: str
+    accumulator: str
+    multiply: str
+    decay: str  # element type of the decay, the accumulator's where there is none
+    beta: str  # and of beta
+    d: int
+    dv: int
+    chunk: int
+    decay_kind: str
+    delta: bool
+    normalizer: bool
+    virtual_workers: int
+    scratch_bytes: int
+    tensors: tuple[Tensor, ...]
+    cost: LinearCost
+    reasons: tuple[str, ...]
+
+    @property
+    def bf16_dot(self) -> bool:
+        return self.multiply == "bf16"
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: dict) -> LinearPlan:
+        data = dict(data)
+        data["tensors"] = tuple(Tensor(**t) for t in data["tensors"])
+        data["cost"] = LinearCost(**data["cost"])
+        data["reasons"] = tuple(data["reasons"])
+        return LinearPlan(**{f.name: data[f.name] for f in fields(LinearPlan)})
+
+
+def plan_linear(key: LinearKey, traced: TracedLinear, isa: str) -> LinearPlan:
+    """The cheapest candidate for ``key`` on ``isa``, a name of :data:`attnengine.arch.CPU`.
+
+    Raises NotImplementedError for D or Dv above MAX_DIM.
+    """
+    return linear_candidates(key, traced, isa)[0]
+
+
+def linear_candidates(key: LinearKey, traced: TracedLinear, isa: str) -> list[LinearPlan]:
+    """Every legal candidate, cheapest first."""
+    r = key.request
+    for name, value in (("D", r.d), ("Dv", r.dv)):
+        if value > MAX_DIM:
+            raise NotImplementedError(
+                f"{name}={value}: linear attention kernels support 1 <= D, Dv <= {MAX_DIM}; split "
+                "the heads: columns of v are independent, and sums over parts of D add up"
+            )
+    arch = CPU[isa]
+    work = _hook_work(key, traced, arch)
+    plans = [_candidate(key, arch, chunk, work) for chunk in CHUNKS]
+    state = _state_bytes(key)
+    legal = [p for p in plans if p.scratch_bytes - state <= MAX_CHUNK_BYTES] or plans[:1]
+    return sorted(legal, key=lambda p: (p.cost.total, p.chunk))
+
+
+def _hook_work(key: LinearKey, traced: TracedLinear, arch: CpuArch) -> float:
+    """Vector instructions of the hooks per token."""
+    r = key.request
+    lanes = arch.register_bytes // _BYTES[r.accumulator]
+    width = {"q_mod": r.d, "k_mod": r.d, "v_mod": r.dv, "out_mod": r.dv}
+    width["decay_mod"] = r.d if r.decay_kind == "channel" else 1
+    total = 0.0
+    for name, node in traced.hooks.items():
+        roots = [node]
+        if key.kind == "backward" and name in traced.gradients():
+            pullback = traced.gradients()[name]
+            roots += [pullback.dx, *(g.value for g in pullback.grads)]
+        total += instructions(roots, lanes) * width[name] / lanes
+    return total
+
+
+def _state_bytes(key: LinearKey) -> int:
+    """Bytes of one state."""
+    r = key.request
+    return r.d * (r.dv + r.normalizer) * _BYTES[r.accumulator]
+
+
+def _candidate(key: LinearKey, arch: CpuArch, chunk: int, hook_work: float) -> LinearPlan:
+    r = key.request
+    c, d, dv = chunk, r.d, r.dv
+    backward = key.kind == "backward"
+    dot = r.element == "bf16" and arch.isa == "avx512_bf16"
+    multiply = "bf16" if dot else r.accumulator
+    acc, mul = _BYTES[r.accumulator], _BYTES[multiply]
+    lanes = arch.register_bytes // acc
+    dp, dvp = -(-d // lanes) * lanes, -(-dv // lanes) * lanes
+    # A chunk's products. Scores are wanted below the diagonal only: of blocks, half and one more.
+    lower = c * (c + BLOCK) / 2
+    scores = 2.0 * lower * dp  # q k^T
+    apply = 2.0 * lower * dvp  # scores times values
+    through = 2.0 * c * d * dvp  # into or out of the state
+    if backward:
+        flops = 3 * scores + 3 * apply + 5 * through
+    else:
+        flops = scores + apply + 2 * through
+    if r.delta:
+        flops += (2 * scores + through) * (2 if backward else 1)
+    multiply_cycles = flops / arch.flops_per_cycle(multiply) * 1.2  # loop ends, C tile traffic
+    # The solve is a recurrence over rows: its products are short, in the accumulator type.
+    rate = arch.flops_per_cycle(r.accumulator)
+    solve_cycles = apply / rate * 2.0 * (2 if backward else 1) if r.delta else 0.0
+    # Vector instructions: packing (each operand twice in backward), decays, hooks.
+    vectors = c * (2 * d + 2 * dv) / lanes * (3.0 if backward else 2.0)
+    if r.decay_kind == "scalar":
+        vectors += 2.0 * lower / lanes
+    if r.decay_kind == "channel":  # scores inside a block are sums of products with their decay
+        vectors += c * d / lanes * (6.0 + 2.0 * BLOCK) * (3 if backward else 1)
+    vectors += c * hook_work + 4.0 * lower / lanes
+    pointwise_cycles = vectors / arch.vector_ops
+    state = _state_bytes(key)
+    resident = 2 * state + c * (2 * d + 2 * dv) * mul + 2 * c * c * acc
+    near = resident <= arch.l2_bytes / 2
+    cache_rate = arch.l2_bytes_per_cycle if near else arch.l3_bytes_per_cycle
+    traffic = float(state * (8 if backward else 4))
+    traffic += c * (2 * d + 2 * dv) * mul * (2 if backward else 1)
+    if backward:  # forward states of all chunks are written and read back
+        traffic += 2 * state * arch.l2_bytes_per_cycle / arch.l3_bytes_per_cycle
+    cache_cycles = traffic / cache_rate
+    overhead = (6000.0 if backward else 2500.0) + c * 20.0
+    unit = 1000.0 / c
+    cost = LinearCost(
+        multiply_cycles * unit, solve_cycles * unit, pointwise_cycles * unit, cache_cycles * unit,
+        overhead * unit,
+    )  # fmt: skip
+    level = "L2" if near else "L3"
+    tensors = (
+        Tensor("Q", c, d, level, c * d * mul),
+        Tensor("K", c, d, level, c * d * mul),
+        Tensor("V", c, dv, level, c * dv * mul),
+        Tensor("scores", c, c, "L1" if c * c * acc <= arch.l1_bytes else "L2", c * c * acc),
+        Tensor("state", d, dv + r.normalizer, "L2" if state * 2 <= arch.l2_bytes else "L3", state),
+    )
+    reasons = [
+        f"the state, {state} bytes in {tensors[-1].level}, is read and written once for {c} tokens",
+        f"scores of {c} x {c} below the diagonal, {multiply} products",
+    ]
+    if r.delta:
+        reasons.append(f"the delta rule solves {c} x {c} systems in {r.accumulator}")
+    if r.decay_kind == "channel":
+        reasons.append(f"channel decays are multiplied up inside blocks of {BLOCK} tokens")
+    if backward:
+        reasons.append("states are computed again and kept, one for each chunk of a sequence")
+    sizes = Sizes(
+        key.kind, d, dv, c, acc, mul, arch.register_bytes, r.decay_kind, r.delta, r.normalizer
+    )
+    return LinearPlan(
+        key.kind, f"cpu:{arch.isa}", r.element, r.accumulator, multiply,
+        r.decay_dtype or r.accumulator, r.beta_dtype or r.accumulator, d, dv, c, r.decay_kind,
+        r.delta, r.normalizer, VIRTUAL_WORKERS, scratch_bytes(sizes), tensors, cost,
+        tuple(reasons),
+    )  # fmt: skip
