@@ -26,6 +26,7 @@ try:
     )
     from .kvcache import attention_with_kvcache
     from .linear import variants as linear_variants
+    from .linear.api import linear_attention, linear_attention_step
     from .linear.spec import LinearAttentionSpec
     from .merge import merge_state, merge_states
     from .reference import reference
@@ -42,7 +43,8 @@ __all__ = [
     "Handle", "Identity", "KernelUnavailable", "LinearAttentionSpec", "OnlineFunc", "ReLU",
     "Retention", "RowFunctionError", "Sigmoid", "Softmax", "SoftmaxSink", "Statistics",
     "TraceError", "attention", "attention_varlen", "attention_with_kvcache", "compile", "explain",
-    "flex_attention", "linear_variants", "merge_state", "merge_states", "reference", "variants",
+    "flex_attention", "linear_attention", "linear_attention_step", "linear_variants",
+    "merge_state", "merge_states", "reference", "variants",
 ]  # fmt: skip
 
 

@@ -201,9 +201,27 @@ def compile(
     return handle
 
 
-def explain(spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
-    """Every stage of the call as text: traced functions, candidates with cost, plan, source."""
+def explain(
+    spec: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **others: torch.Tensor | None
+) -> str:
+    """Every stage of the call as text: traced functions, candidates with cost, plan, source.
+
+    With a LinearAttentionSpec also ``decay=`` and ``beta=``, as of ``ae.linear_attention``.
+    """
+    if type(spec) in _EXPLAINED:
+        return _EXPLAINED[type(spec)](spec, q, k, v, **others)
+    if others:
+        names = ", ".join(others)
+        raise TypeError(f"explain: {names} given, which {type(spec).__name__} does not have")
     return compile(spec, q, k, v, backward=False).explain()
+
+
+_EXPLAINED: dict[type, Callable[..., str]] = {}
+
+
+def explains(kind: type, describe: Callable[..., str]) -> None:
+    """Makes :func:`explain` serve another kind of spec, defined later in the pipeline."""
+    _EXPLAINED[kind] = describe
 
 
 # -- torch's FlexAttention contract -------------------------------------------------------------

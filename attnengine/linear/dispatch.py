@@ -1,0 +1,379 @@
+"""From a linear-attention spec to a loaded kernel, once per meaning.
+
+As :mod:`attnengine.program`: a program is found by the fingerprint of its hooks (code, constants
+and kinds of captured tensors), so a fresh but identical lambda is not traced again, and remembers
+its generated sources on disk, so a new process traces nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import build, cache, clean_thread, dispatch, library
+from ..aten import Unsupported
+from ..capture import Captures, captures_of, stable_text
+from ..errors import KernelUnavailable, TraceError
+from ..ir import DTYPE_NAMES, TORCH_DTYPES
+from ..target import default_isa
+from . import serialize
+from .arguments import LinearArguments
+from .elementwise import SIZES
+from .key import LinearKey, linear_key
+from .plan import LinearPlan, linear_candidates
+from .request import LinearRequest
+from .source import linear_source
+from .spec import HOOKS, LinearAttentionSpec
+from .trace import TracedLinear, trace_linear
+from .unbroadcast import Place, places_of
+
+_MEMO_VERSION = 1
+Sizes = tuple[int, int, int, int]  # B, Hk, H, L: as elementwise.SIZES
+
+
+@dataclass(frozen=True)
+class LinearSources:
+    """What generation produced for one program: all that a later process needs."""
+
+    forward: str
+    backward: str | None
+    no_backward: str  # why there is no backward, for the error
+    positions: tuple[int, ...]  # capture number -> position in the spec's captured tensors
+    captures: tuple[tuple[str, int], ...]  # dtype and rank of each
+    # (hook, capture, where it is read) of each hook gradient, in their order
+    hook_grads: tuple[tuple[str, int, tuple[Place, ...]], ...]
+    pins: tuple[tuple[str, int], ...]  # sizes of a call that the graphs depend on
+    key: str
+    meaning: str  # the program as text: what an exported graph carries
+
+    def to_json(self) -> str:
+        return json.dumps(self.__dict__)
+
+    @staticmethod
+    def from_json(text: str) -> LinearSources:
+        data = json.loads(text)
+        data["positions"] = tuple(data["positions"])
+        for name in ("captures", "pins"):
+            data[name] = tuple((a, b) for a, b in data[name])
+        data["hook_grads"] = tuple((hook, n, tuple(at)) for hook, n, at in data["hook_grads"])
+        return LinearSources(**data)
+
+
+@dataclass(frozen=True)
+class LinearPipeline:
+    """Every stage of one program, for ``explain``."""
+
+    traced: TracedLinear
+    forward_key: LinearKey
+    backward_key: LinearKey | None
+    forward_plans: list[LinearPlan]
+    backward_plans: list[LinearPlan]
+    sources: LinearSources
+
+
+@dataclass
+class LinearProgram:
+    """One meaning compiled for one set of dtypes and head dims."""
+
+    name: str
+    request: LinearRequest
+    isa: str
+    sources: LinearSources
+    extra: tuple[Tensor, ...]  # captured, but out of the fingerprint's sight
+    forward_id: int = -1
+    backward_id: int = -1
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def forward(self) -> int:
+        if self.forward_id < 0:
+            with self.lock:
+                if self.forward_id < 0:
+                    self.forward_id = self._load("forward")
+        return self.forward_id
+
+    def backward(self) -> int:
+        if self.backward_id < 0:
+            self._check_gradient()
+            with self.lock:
+                if self.backward_id < 0:
+                    self.backward_id = self._load("backward")
+        return self.backward_id
+
+    def both(self) -> None:
+        """Compile forward and backward at the same time."""
+        self._check_gradient()
+        with self.lock, ThreadPoolExecutor(2) as pool:
+            kinds = [k for k in ("forward", "backward") if getattr(self, f"{k}_id") < 0]
+            for kind, kernel in zip(kinds, pool.map(self._load, kinds), strict=True):
+                setattr(self, f"{kind}_id", kernel)
+
+    def load(self, kind: str) -> int:
+        """The kernel id of "forward" or "backward", built now if it is not there yet."""
+        return self.forward() if kind == "forward" else self.backward()
+
+    @property
+    def portable(self) -> str:
+        """The operator's key that means this program in every process, on every machine."""
+        text = self.sources.meaning
+        return text if self.isa == default_isa() else serialize.with_isa(text, self.isa)
+
+    @property
+    def short_key(self) -> str:
+        """The operator's key in this process."""
+        return f"linear/{self.sources.key}/{self.isa}/{'.'.join(map(str, self.trainable))}"
+
+    @property
+    def trainable(self) -> list[int]:
+        """Numbers of the captured tensors that get gradients, ascending."""
+        return sorted({number for _, number, _ in self.sources.hook_grads})
+
+    def fits(self, sizes: Sizes) -> bool:
+        """Whether the traced hooks mean the same for a call of these sizes."""
+        return all(sizes[SIZES.index(name)] == size for name, size in self.sources.pins)
+
+    def check_sizes(self, sizes: Sizes) -> None:
+        """Raises ValueError unless the program fits."""
+        if not self.fits(sizes):
+            pinned = ", ".join(f"{name}={size}" for name, size in self.sources.pins)
+            raise ValueError(
+                f"B, Hk, H, L = {', '.join(map(str, sizes))}: the hooks of this program read "
+                f"tensors or sizes that are for {pinned}; capture tensors that broadcast, or "
+                "prepare or export for these sizes"
+            )
+
+    def _check_gradient(self) -> None:
+        if self.sources.backward is None:
+            raise RuntimeError(
+                f"this linear-attention spec has no gradient ({self.sources.no_backward}); run it "
+                "under torch.no_grad(), or detach its operands and the captured tensors"
+            )
+
+    def _load(self, kind: str) -> int:
+        source = getattr(self.sources, kind)
+        captures = [(rank, TORCH_DTYPES[dtype]) for dtype, rank in self.sources.captures]
+        try:
+            path = build.module(source, self.isa, f"linear {kind} {self.name}")
+        except KernelUnavailable as error:
+            raise KernelUnavailable(error.problem, _REMEDY) from None
+        return library.load_kernel(path, captures)
+
+
+_REMEDY = (
+    "call this spec once where there is a compiler, with ATTNENGINE_CACHE_DIR set, and ship that "
+    "folder; or unset ATTNENGINE_DISABLE_JIT and install a C++ compiler"
+)
+
+
+# ------------------------------------------------------------------------------------- the stages
+
+
+def request_of(a: LinearArguments, q: Tensor, normalizer: bool) -> LinearRequest:
+    """Which kernel serves a call, beside its hooks."""
+    return LinearRequest(
+        DTYPE_NAMES[q.dtype],
+        a.D,
+        a.Dv,
+        a.decay_kind,
+        None if a.decay is None else DTYPE_NAMES[a.decay.dtype],
+        None if a.beta is None else DTYPE_NAMES[a.beta.dtype],
+        normalizer,
+    )
+
+
+def pipeline(
+    spec: LinearAttentionSpec, captures: Captures, request: LinearRequest, sizes: Sizes, isa: str
+) -> LinearPipeline:
+    """Run trace, key, plan and source. Raises TraceError, NotImplementedError."""
+
+    def stages() -> LinearPipeline:
+        traced = trace_linear(spec, request, sizes, captures.tensors)
+        return _after_trace(traced, isa)
+
+    return clean_thread.run(stages)
+
+
+def regenerated(traced: TracedLinear, isa: str) -> LinearPipeline:
+    """Key, plan and source of a program that was read. Raises NotImplementedError."""
+    return clean_thread.run(lambda: _after_trace(traced, isa))
+
+
+def _after_trace(traced: TracedLinear, isa: str) -> LinearPipeline:
+    meaning = serialize.dump(traced)
+    forward_key = linear_key("forward", traced)
+    forward_plans = linear_candidates(forward_key, traced, isa)
+    forward = linear_source(traced, forward_plans[0], forward_key)
+    backward_key, backward, why = None, None, ""
+    backward_plans: list[LinearPlan] = []
+    grads: tuple[tuple[str, int, tuple[Place, ...]], ...] = ()
+    try:
+        backward_key = linear_key("backward", traced)
+        backward_plans = linear_candidates(backward_key, traced, isa)
+        backward = linear_source(traced, backward_plans[0], backward_key)
+        grads = tuple((g.hook, g.capture, places_of(g)) for g in traced.hook_grads)
+    except (TraceError, Unsupported) as error:
+        backward, why = None, str(error)
+    sources = LinearSources(
+        forward, backward, why, traced.positions, forward_key.captures,
+        grads, tuple(traced.pins.items()), forward_key.digest(), meaning,
+    )  # fmt: skip
+    return LinearPipeline(traced, forward_key, backward_key, forward_plans, backward_plans, sources)
+
+
+# ----------------------------------------------------------------------------------- what is known
+
+
+@dataclass
+class Statistics:
+    """Counters since the process started: where programs came from."""
+
+    traced: int = 0
+    from_disk: int = 0
+    from_memory: int = 0
+
+
+statistics = Statistics()
+_programs: dict[tuple, list[LinearProgram]] = {}  # of other sizes, where hooks depend on them
+_tracing = threading.RLock()
+
+
+def captures_of_spec(spec: LinearAttentionSpec) -> Captures:
+    """Fingerprint of a spec's hooks, in the order of HOOKS."""
+    return captures_of(*(getattr(spec, name) for name in HOOKS))
+
+
+def captures_for(spec: LinearAttentionSpec) -> Captures:
+    """The captures of a spec, read once: a spec is frozen, so is what its callables close over."""
+    found = spec.__dict__.get("_captures")
+    if found is None:
+        found = spec.__dict__["_captures"] = captures_of_spec(spec)
+    return found
+
+
+def program(
+    spec: LinearAttentionSpec, captures: Captures, request: LinearRequest, sizes: Sizes, isa: str
+) -> LinearProgram:
+    """The program of a spec: from memory, from disk, or traced now."""
+    key = (captures.signature, request, isa)
+    found = None if captures.opaque else _remembered(key, sizes)
+    if found is not None:
+        statistics.from_memory += 1
+        return found
+    with _tracing:
+        found = None if captures.opaque else _remembered(key, sizes)
+        if found is None:
+            found = _made(spec, captures, request, sizes, isa)
+            if not captures.opaque:
+                _programs.setdefault(key, []).append(found)
+        return found
+
+
+def _remembered(key: tuple, sizes: Sizes) -> LinearProgram | None:
+    for known in _programs.get(key, ()):
+        if known.fits(sizes):
+            return known
+    return None
+
+
+def _made(
+    spec: LinearAttentionSpec, captures: Captures, request: LinearRequest, sizes: Sizes, isa: str
+) -> LinearProgram:
+    name = label(request, isa)
+    memo = None
+    if not captures.opaque:
+        fields = (captures.signature, str(request), isa)
+        memo = hashlib.sha256(f"{generator()}{stable_text(fields)}".encode()).hexdigest()
+        text = cache.text_get("trace", memo)
+        if text is not None:
+            known = LinearProgram(name, request, isa, LinearSources.from_json(text), ())
+            if known.fits(sizes):
+                statistics.from_disk += 1
+                return known
+    stages = pipeline(spec, captures, request, sizes, isa)
+    statistics.traced += 1
+    traced, n = stages.traced, len(captures.tensors)
+    places = zip(traced.positions, traced.captures, strict=True)
+    hidden = dict(sorted((at, t) for at, t in places if at >= n))
+    if memo is not None and not hidden:
+        cache.text_put("trace", memo, stages.sources.to_json())
+    return LinearProgram(name, request, isa, stages.sources, tuple(hidden.values()))
+
+
+def label(request: LinearRequest, isa: str) -> str:
+    words = [request.element, f"D{request.d}x{request.dv}"]
+    if request.decay_kind != "none":
+        words.append(f"{request.decay_kind} decay {request.decay_dtype}")
+    if request.delta:
+        words.append(f"beta {request.beta_dtype}")
+    if request.normalizer:
+        words.append("normalizer")
+    return " ".join([*words, isa])
+
+
+@functools.cache
+def generator() -> str:
+    """What, besides the spec, decides the generated source: our own code and torch's version."""
+    digest = hashlib.sha256(f"{_MEMO_VERSION} {dispatch.generator()}".encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def bound_tensors(made: LinearProgram, captures: Captures) -> list[Tensor]:
+    """The captured tensors of a spec in the order in which its kernels number them."""
+    known = len(captures.tensors)
+    return [
+        captures.tensors[at] if at < known else made.extra[at - known]
+        for at in made.sources.positions
+    ]
+
+
+def check_place(q: Tensor) -> None:
+    """Raises NotImplementedError where no kernel of linear attention runs."""
+    if q.device.type != "cpu":
+        raise NotImplementedError(
+            f"q is on {q.device}; linear attention runs on CPU tensors in this version: use "
+            "CPU tensors (.cpu()), or attnengine.reference on this device"
+        )
+
+
+_read: dict[str, LinearProgram] = {}
+
+
+def program_of(text: str) -> LinearProgram:
+    """The program that a graph exported elsewhere carries, generated for this machine.
+
+    Raises ValueError when the text is damaged or of another format. Nothing is compiled yet.
+    """
+    with _tracing:
+        found = _read.get(text)
+        if found is None:
+            found = _read[text] = _generated(text)
+        return found
+
+
+def _generated(text: str) -> LinearProgram:
+    meaning = serialize.load(text)
+    isa = meaning.isa or default_isa()
+    request = meaning.traced.request
+    memo = hashlib.sha256(f"{generator()}{isa} {text}".encode()).hexdigest()
+    known = cache.text_get("export", memo)
+    if known is not None:
+        statistics.from_disk += 1
+        sources = LinearSources.from_json(known)
+    else:
+        sources = regenerated(meaning.traced, isa).sources
+        cache.text_put("export", memo, sources.to_json())
+    return LinearProgram(f"exported {label(request, isa)}", request, isa, sources, ())
+
+
+def dtypes(request: LinearRequest) -> tuple[torch.dtype, torch.dtype]:
+    """(of q, k, v and out; of states and sums)"""
+    return TORCH_DTYPES[request.element], TORCH_DTYPES[request.accumulator]
