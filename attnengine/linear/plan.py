@@ -13,13 +13,12 @@ from ..arch import CPU, CpuArch
 from ..diagonal import instructions
 from ..plan import VIRTUAL_WORKERS, Tensor
 from .key import LinearKey
-from .scratch import Sizes, scratch_bytes
+from .scratch import BLOCK, Sizes, scratch_bytes
 from .trace import TracedLinear
 
 MAX_DIM = 1024  # of k and of v
-BLOCK = 16  # tokens: chunks are made of whole blocks
 CHUNKS = (16, 32, 48, 64, 96, 128, 192, 256)
-MAX_CHUNK_BYTES = 4 << 20  # of a worker's scratch beside the state: it must stay near the core
+MAX_CHUNK_BYTES = 4 << 20  # of a worker's tiles: they must stay near the core
 _BYTES = {"f32": 4, "f64": 8, "bf16": 2}
 
 
@@ -97,8 +96,7 @@ def linear_candidates(key: LinearKey, traced: TracedLinear, isa: str) -> list[Li
     arch = CPU[isa]
     work = _hook_work(key, traced, arch)
     plans = [_candidate(key, arch, chunk, work) for chunk in CHUNKS]
-    state = _state_bytes(key)
-    legal = [p for p in plans if p.scratch_bytes - state <= MAX_CHUNK_BYTES] or plans[:1]
+    legal = [p for p in plans if p.scratch_bytes <= MAX_CHUNK_BYTES] or plans[:1]
     return sorted(legal, key=lambda p: (p.cost.total, p.chunk))
 
 
@@ -189,12 +187,10 @@ def _candidate(key: LinearKey, arch: CpuArch, chunk: int, hook_work: float) -> L
         reasons.append(f"channel decays are multiplied up inside blocks of {BLOCK} tokens")
     if backward:
         reasons.append("states are computed again and kept, one for each chunk of a sequence")
-    sizes = Sizes(
-        key.kind, d, dv, c, acc, mul, arch.register_bytes, r.decay_kind, r.delta, r.normalizer
-    )
+    sizes = Sizes(d, dv, c, acc, mul, arch.register_bytes, r.decay_kind == "channel", r.delta)
     return LinearPlan(
         key.kind, f"cpu:{arch.isa}", r.element, r.accumulator, multiply,
         r.decay_dtype or r.accumulator, r.beta_dtype or r.accumulator, d, dv, c, r.decay_kind,
-        r.delta, r.normalizer, VIRTUAL_WORKERS, scratch_bytes(sizes), tensors, cost,
+        r.delta, r.normalizer, VIRTUAL_WORKERS, scratch_bytes(key.kind, sizes), tensors, cost,
         tuple(reasons),
     )  # fmt: skip
