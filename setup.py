@@ -99,6 +99,7 @@ setup(
                 "csrc/ops_sequences.cpp",
                 "csrc/backward_sequences.cpp",
                 "csrc/ops_linear.cpp",
+                "csrc/ops_statistics.cpp",
                 "csrc/merge_state.cpp",
                 "csrc/registry.cpp",
                 "csrc/host_api.cpp",

@@ -32,6 +32,12 @@ try:
     from .reference import reference
     from .rows import Identity, ReLU, Retention, Sigmoid, Softmax, SoftmaxSink
     from .spec import AttentionSpec, OnlineFunc
+    from .statistics_reference import token_statistics_reference
+    from .token_statistics import (
+        TokenStatisticsState,
+        token_statistics_attention,
+        token_statistics_attention_step,
+    )
     from .varlen import attention_varlen
 except (ImportError, OSError) as error:  # torch, or the operator library: doctor must still run
     _broken = error
@@ -42,9 +48,10 @@ __all__ = [
     "AttentionSpec", "AttnEngineError", "AuxOutput", "AuxRequest", "BuildError", "CacheError",
     "Handle", "Identity", "KernelUnavailable", "LinearAttentionSpec", "OnlineFunc", "ReLU",
     "Retention", "RowFunctionError", "Sigmoid", "Softmax", "SoftmaxSink", "Statistics",
-    "TraceError", "attention", "attention_varlen", "attention_with_kvcache", "compile", "explain",
-    "flex_attention", "linear_attention", "linear_attention_step", "linear_variants",
-    "merge_state", "merge_states", "reference", "variants",
+    "TokenStatisticsState", "TraceError", "attention", "attention_varlen", "attention_with_kvcache",
+    "compile", "explain", "flex_attention", "linear_attention", "linear_attention_step",
+    "linear_variants", "merge_state", "merge_states", "reference", "token_statistics_attention",
+    "token_statistics_attention_step", "token_statistics_reference", "variants",
 ]  # fmt: skip
 
 

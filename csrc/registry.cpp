@@ -10,6 +10,7 @@
 #include <stdexcept>
 
 #include "common/linear_abi.h"
+#include "common/statistics_abi.h"
 #include "isa.h"
 
 namespace ae {
@@ -52,6 +53,9 @@ size_t params_bytes_of(int32_t kind) {
     case AE_LINEAR_FORWARD:
     case AE_LINEAR_BACKWARD:
       return sizeof(ae_linear_params);
+    case AE_STATISTICS_FORWARD:
+    case AE_STATISTICS_BACKWARD:
+      return sizeof(ae_statistics_params);
     default:
       return 0;
   }

@@ -14,11 +14,11 @@ PACKAGE = Path(__file__).parents[2] / "attnengine"
 STAGES: dict[str, tuple[str, ...]] = {
     "foundation": ("errors", "settings", "platform_tag", "clean_thread"),
     "spec": ("spec", "rows", "variants"),
-    "meaning": ("products", "reference", "noise", "gate"),
+    "meaning": ("products", "reference", "statistics_reference", "noise", "gate"),
     "trace": ("ir", "capture", "aten", "lower", "trace", "probe", "pullback", "derive"),
     "normalize": ("key", "serialize", "blockmask"),
     "plan": ("arch", "diagonal", "plan", "plan_cuda"),
-    "generate": ("emit", "dialect", "unit", "source", "source_backward"),
+    "generate": ("emit", "dialect", "unit", "source", "source_backward", "statistics_source"),
     "build": (
         "cache_entry", "cache_lock", "cache", "cache_upkeep", "prebuilt", "headers", "elf",
         "compiler", "cutlass", "nvcc", "ptx", "staging", "build",
@@ -28,7 +28,8 @@ STAGES: dict[str, tuple[str, ...]] = {
         "dispatch", "exported",
         "explain", "ops",
         "backward", "handle", "api", "flash_args", "ops_sequences", "ops_sequences_backward",
-        "rotary", "kvcache", "varlen", "merge", "linear",
+        "rotary", "kvcache", "varlen", "merge", "statistics_ops",
+        "token_statistics", "linear",
     ),
     "faces": (
         "demo", "prebuild", "kernel_wheel", "prebuild_run", "machine", "doctor", "variant_call",

@@ -1,0 +1,138 @@
+// How a token-statistics launch is cut: sequences into blocks of AE_STATISTICS_BLOCK tokens, and
+// launches into waves that the last-level cache holds between their phases. Blocks depend on the
+// sizes alone and their sums are added in order; which of them run together depends on the threads
+// too, and changes no bit.
+#pragma once
+#include "cpu/statistics.h"
+
+namespace ae {
+
+template <class Plan>
+class StatisticsWork {
+ protected:
+  using S = Statistics<Plan>;
+  using E = typename Plan::Elem;
+  using A = typename Plan::Acc;
+  using V = typename S::V;
+  static constexpr int kBlock = S::kBlock, kTile = S::kTile, kRow = S::kRow;
+
+  // Bytes of w that the phases of a wave read again: a share of the last-level cache, with room for
+  // what is written. Of a sequence that one task walks phase by phase: a share of its L2.
+  static constexpr int64_t kWaveBytes = Plan::kWaveBytes, kTaskBytes = Plan::kTaskBytes;
+
+  struct Block {
+    int64_t sequence, index, row, start;  // start: token of the sequence
+    int count;
+    bool last;  // of its sequence
+  };
+
+  const ae_statistics_params& p;
+  const int64_t H, row_elements, table_elements;
+
+  explicit StatisticsWork(const ae_statistics_params& params)
+      : p(params), H(p.H), row_elements(p.H * kRow), table_elements(p.H * kBlock) {
+    for (int64_t i = 0; i < p.sequences; ++i) {
+      blocks_ += blocks_of(i);
+      tokens_ += length(i);
+      if (length(i) > longest_) longest_ = length(i);
+    }
+  }
+
+  int64_t length(int64_t i) const { return p.first ? p.first[i + 1] - p.first[i] : p.N; }
+  int64_t blocks_of(int64_t i) const { return (length(i) + kBlock - 1) / kBlock; }
+  int64_t first_token(int64_t i) const { return p.first ? p.first[i] : i * p.N; }
+  int64_t row_of(int64_t i) const { return first_token(i) / kBlock + i; }
+  int64_t rows() const { return p.B * p.N / kBlock + p.sequences; }
+  int64_t token_bytes() const { return H * Plan::kD * int64_t(sizeof(E)); }
+
+  Block block_in(int64_t sequence, int64_t index) const {
+    const int64_t start = index * kBlock, left = length(sequence) - start;
+    return {
+        sequence,      index, row_of(sequence) + index, start, int(left < kBlock ? left : kBlock),
+        left <= kBlock};
+  }
+  // The n-th block of all; `first_block` is what `number_blocks` wrote.
+  Block block_at(const int64_t* first_block, int64_t n) const {
+    const int64_t i = sequence_at(first_block, n);
+    return block_in(i, n - first_block[i]);
+  }
+  int64_t sequence_at(const int64_t* first_block, int64_t n) const {
+    int64_t low = 0, high = p.sequences;
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (first_block[middle] <= n ? low : high) = middle;
+    }
+    return low;
+  }
+  void number_blocks(int64_t* first_block) const {
+    first_block[0] = 0;
+    for (int64_t i = 0; i < p.sequences; ++i) first_block[i + 1] = first_block[i] + blocks_of(i);
+  }
+
+  template <class T>
+  Tokens<T> tokens(const void* data, const int64_t* stride, const Block& b) const {
+    const int64_t batch = p.first ? 0 : b.sequence;
+    const int64_t token = b.start + (p.first ? p.first[b.sequence] : 0);
+    // Results are written through the same view.
+    T* at = static_cast<T*>(const_cast<void*>(data)) + batch * stride[0] + token * stride[2];
+    return {at, stride[1], stride[2], b.count};
+  }
+
+  // Whether one worker for each sequence keeps them all busy.
+  bool by_sequence() const {
+    return p.threads == 1 || double(longest_) * p.threads <= 1.25 * double(tokens_);
+  }
+  // The same for phases that one worker runs: what it reads again must lie in its L2.
+  bool by_small_sequence() const {
+    return by_sequence() && (p.threads == 1 || longest_ * token_bytes() <= kTaskBytes);
+  }
+
+  // Calls body(begin, end) for waves of sequences.
+  template <class Body>
+  void waves_of_sequences(int64_t operands, const Body& body) const {
+    const int64_t limit = kWaveBytes / (operands * token_bytes());
+    for (int64_t begin = 0; begin < p.sequences;) {
+      int64_t end = begin, sum = 0;
+      do sum += length(end++);
+      while (end < p.sequences && sum + length(end) <= limit);
+      body(begin, end);
+      begin = end;
+    }
+  }
+  int64_t wave_blocks(int64_t operands) const {
+    const int64_t limit = kWaveBytes / (operands * token_bytes() * kBlock);
+    return limit < 2 * p.threads ? 2 * p.threads : limit;
+  }
+
+  template <class Task>
+  static void for_each(ae_parallel_for parallel_for, int64_t n, int32_t threads, const Task& task) {
+    const auto call = [](void* arg, int64_t index, int32_t worker) {
+      (*static_cast<const Task*>(arg))(index, worker);
+    };
+    if (n > 0) parallel_for(n, threads, call, const_cast<Task*>(&task));
+  }
+
+  void clear(A* row) const { __builtin_memset(row, 0, uint64_t(row_elements) * sizeof(A)); }
+  static void add(A* to, const A* from, int64_t elements) {
+    for (int64_t i = 0; i < elements; ++i) to[i] += from[i];
+  }
+
+  int64_t blocks_ = 0, tokens_ = 0, longest_ = 0;
+};
+
+// Parts of a workspace, one after the other.
+class WorkspacePlan {
+ public:
+  static constexpr int64_t kAlign = 64;
+  int64_t take(int64_t bytes) {
+    const int64_t at = bytes_;
+    bytes_ += round_up(bytes, kAlign);
+    return at;
+  }
+  int64_t bytes() const { return bytes_ + kAlign; }
+
+ private:
+  int64_t bytes_ = 0;
+};
+
+}  // namespace ae
