@@ -37,6 +37,13 @@ __attribute__((noinline)) void tile_over_tokens(const Rows& rows, int n,
   using T = LinearTypes<Plan>;
   pack_by_row<typename T::Acc, typename T::M, T::kD>(dst, rows, rows.col, n, T::kChunk, NoMod{});
 }
+// The same as accumulators; `dst` may be the rows themselves.
+template <class Plan, class Rows>
+__attribute__((noinline)) void tile_sums(const Rows& rows, int n,
+                                         typename LinearTypes<Plan>::Acc* dst) {
+  using T = LinearTypes<Plan>;
+  pack_rows<typename T::Acc, typename T::Acc, T::kD>(dst, rows, rows.col, n, T::kChunk, NoMod{});
+}
 // Columns of whole vectors past n are not written, nor read by lower_product.
 template <class Plan, class Rows>
 __attribute__((noinline)) void tile_by_channel(const Rows& rows, int n,

@@ -221,7 +221,7 @@ class LinearInputs {
   AE_INLINE V decay_lanes(const HookAt& at, V g) const {
     if constexpr (Fn::kHasDecayMod) g = Fn::decay_mod(env_, at, g);
     if (at.count < W) g = first_lanes<Acc>(g, at.count);
-    if (any(gt(g, Acc(0)))) {
+    if (!all(le(g, Acc(0)))) {  // positive or NaN
       __atomic_store_n(p_.fault, int32_t(AE_POSITIVE_DECAY), __ATOMIC_RELAXED);
     }
     return ae::exp(g);

@@ -40,13 +40,22 @@ struct LinearTypes {
   static constexpr int kMostColumns = 256 / sizeof(Acc);
   static constexpr int kPanels = (kDv + kMostColumns - 1) / kMostColumns;
   static constexpr int kPanel = int(round_up((kDv + kPanels - 1) / kPanels, W));
-  static constexpr int64_t kPanelState = int64_t(kDRows) * kPanel;  // of one panel, elements
+  static constexpr int64_t kPanelState = int64_t(kD) * kPanel;  // elements of one panel
   static constexpr int panel_width(int panel) {
     return kDv - panel * kPanel < kPanel ? kDv - panel * kPanel : kPanel;
   }
   // Columns of a state in memory.
   static constexpr int kStateColumns = kDv + (Plan::kNormalizer ? 1 : 0);
 };
+
+// ae_module_info::user_stats of a module.
+template <class Plan>
+constexpr int32_t linear_operands() {
+  constexpr bool decay = Plan::kDecay != DecayKind::kNone;
+  return AE_LINEAR_OPERANDS(int32_t(Plan::kDecay), decay ? dtype_of<typename Plan::Decay>() : 0,
+                            Plan::kDelta, Plan::kDelta ? dtype_of<typename Plan::Beta>() : 0,
+                            Plan::kNormalizer);
+}
 
 // A chunk of one head: batch row, key and value head, first token, live tokens.
 struct LinearAt {

@@ -1,0 +1,127 @@
+// The output rows of a chunk: O = factor (Q S) + M V in one pass over registers.
+#pragma once
+#include "cpu/linear_operand.h"
+
+namespace ae {
+
+// kRows x (kRegs W) of O. q by row, s [..][N] as a B operand, m [kChunk][kChunk], v over tokens.
+template <class T, int kRows, int kRegs>
+AE_INLINE void output_block(int64_t q_steps, const typename T::M* q, const typename T::M* s,
+                            const typename T::Acc* factor, int64_t m_steps, const typename T::M* m,
+                            const typename T::M* v, typename T::Acc* o) {
+  using Step = GemmStep<typename T::Acc, typename T::M>;
+  using V = typename Step::V;
+  constexpr int N = T::kPanel, W = T::W, kPair = T::kPair;
+  V sum[kRows][kRegs]{};
+  const auto multiply = [&](int64_t steps, const typename T::M* a, int64_t a_row,
+                            const typename T::M* b) __attribute__((always_inline)) {
+    for (int64_t k = 0; k < steps; ++k, a += kPair, b += N * kPair) {
+      V bv[kRegs];
+#pragma GCC unroll 8
+      for (int j = 0; j < kRegs; ++j) bv[j] = load_vector<V>(b + j * W * kPair);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        const V av = Step::broadcast(a + i * a_row);
+#pragma GCC unroll 8
+        for (int j = 0; j < kRegs; ++j) sum[i][j] = Step::multiply_add(sum[i][j], av, bv[j]);
+      }
+    }
+  };
+  multiply(q_steps, q, T::kDPitch, s);
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kRegs; ++j) sum[i][j] *= factor[i];
+  }
+  multiply(m_steps, m, T::kChunk, v);
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kRegs; ++j) store_vector(o + i * N + j * W, sum[i][j]);
+  }
+}
+
+// n rows of kRegs W columns. Rows of M end at the diagonal: 0 beyond, which is not multiplied
+// further than these rows go. `products` false: without M V.
+template <class T, int kRegs>
+__attribute__((noinline)) void output_panel(int n, int64_t q_steps, const typename T::M* q,
+                                            const typename T::M* s, const typename T::Acc* factor,
+                                            bool products, const typename T::M* m,
+                                            const typename T::M* v, typename T::Acc* o) {
+  int i = 0;
+  const auto rows = [&]<int kRows>() {
+    for (; i + kRows <= n; i += kRows) {
+      const int64_t steps = products ? (i + kRows + T::kPair - 1) / T::kPair : 0;
+      output_block<T, kRows, kRegs>(q_steps, q + i * int64_t(T::kDPitch), s, factor + i, steps,
+                                    m + i * int64_t(T::kChunk), v, o + i * int64_t(T::kPanel));
+    }
+  };
+  rows.template operator()<kGemmRows>();
+  if constexpr (kGemmRows > 4) rows.template operator()<4>();
+  rows.template operator()<2>();
+  rows.template operator()<1>();
+}
+
+// All columns of a panel.
+template <class T>
+void output_rows(int n, int64_t q_steps, const typename T::M* q, const typename T::M* s,
+                 const typename T::Acc* factor, bool products, const typename T::M* m,
+                 const typename T::M* v, typename T::Acc* o) {
+  constexpr int kColumns = kGemmRegs * T::W, kRest = T::kPanel % kColumns / T::W;
+  int j = 0;
+  for (; j + kColumns <= T::kPanel; j += kColumns) {
+    output_panel<T, kGemmRegs>(n, q_steps, q, s + j * T::kPair, factor, products, m,
+                               v + j * T::kPair, o + j);
+  }
+  if constexpr (kRest > 0) {
+    output_panel<T, kRest>(n, q_steps, q, s + j * T::kPair, factor, products, m, v + j * T::kPair,
+                           o + j);
+  }
+}
+
+// O += M V row by row and only from tokens up to the row: where V holds Inf or NaN, products with
+// the zeros above the diagonal would carry them back in time.
+template <class T>
+__attribute__((noinline)) void add_by_rows(int n, const typename T::M* m, const typename T::M* v,
+                                           typename T::Acc* o) {
+  using Acc = typename T::Acc;
+  constexpr int N = T::kPanel, kPair = T::kPair;
+  for (int t = 0; t < n; ++t) {
+    for (int s = 0; s <= t; ++s) {
+      const Acc w = widen<Acc>(m[int64_t(t) * T::kChunk + s]);
+      const auto* row = v + int64_t(s / kPair) * kPair * N + s % kPair;
+      for (int c = 0; c < N; ++c) o[int64_t(t) * N + c] += w * widen<Acc>(row[c * kPair]);
+    }
+  }
+}
+
+// Rows of v as a B operand over tokens, and the same times f_t (left null: not wanted). Returns
+// whether a value is Inf or NaN. The row that fills a pair is zero.
+template <class T, class Rows>
+__attribute__((noinline)) bool pack_values(const Rows& rows, int n, int width,
+                                           const typename T::Acc* f, typename T::M* v,
+                                           typename T::M* left) {
+  using Acc = typename T::Acc;
+  using V = typename T::V;
+  constexpr int N = T::kPanel, W = T::W, kPair = T::kPair;
+  V seen{};
+  for (int i = 0; i < n; i += kPair) {
+    const bool pair = i + kPair <= n;
+    const auto *even = rows(i), *odd = rows(pair ? i + kPair - 1 : i);
+    const Acc f0 = left != nullptr ? f[i] : Acc(1),
+              f1 = left != nullptr && pair ? f[i + kPair - 1] : Acc(1);
+    for (int j = 0; j < N; j += W) {
+      const int count = width - j < W ? (width - j < 0 ? 0 : width - j) : W;
+      const V x = load_lanes<Acc>(even + j * rows.col, rows.col, count);
+      V y{};
+      if (kPair == 2 && pair) y = load_lanes<Acc>(odd + j * rows.col, rows.col, count);
+      seen += x * Acc(0) + y * Acc(0);
+      const int64_t at = int64_t(i) * N + j * kPair;
+      store_pairs(v + at, x, y);
+      if (left != nullptr) store_pairs(left + at, x * f0, y * f1);
+    }
+  }
+  return hsum(seen) != 0;
+}
+
+}  // namespace ae

@@ -1,0 +1,359 @@
+// One task of the forward pass: the chunks of one sequence, in order, for some heads and columns.
+#pragma once
+#include "cpu/linear_chunk.h"
+#include "cpu/linear_forward_work.h"
+#include "cpu/linear_output.h"
+
+namespace ae {
+
+template <class Plan, class Fn>
+class LinearWalk {
+  using T = LinearTypes<Plan>;
+  using Acc = typename T::Acc;
+  using Elem = typename T::Elem;
+  using M = typename T::M;
+  using V = typename T::V;
+  using Inputs = LinearInputs<Plan, Fn>;
+  using Channel = LinearChannel<Plan>;
+  using Gates = LinearGates<Acc, T::kChunk>;
+  static constexpr int W = T::W, C = T::kChunk, N = T::kPanel, kPitch = T::kDPitch;
+  static constexpr LinearForwardScratch<Plan> kAt{};
+  static constexpr bool kDelta = Plan::kDelta, kNormalizer = Plan::kNormalizer;
+
+ public:
+  // Bytes of the states of a task.
+  static int64_t state_bytes(int64_t heads, int64_t panels) {
+    return linear_line(heads * (panels * T::kPanelState + kPitch) * int64_t(sizeof(Acc)));
+  }
+
+  // scratch: LinearForwardScratch, then the states.
+  LinearWalk(const Inputs& in, const LinearTask& task, char* scratch)
+      : in_(in), p_(in.params()), task_(task), scratch_(scratch) {
+    states_ = (Acc*)(scratch + kAt.bytes);
+    sums_z_ = states_ + task.heads * task.panels * T::kPanelState;
+  }
+
+  void run() {
+    __builtin_memset(at<M>(kAt.weights), 0, sizeof(M) * C * C);
+    for (int64_t i = 0; i < task_.heads; ++i) load_state(i);
+    fresh_ = p_.state == nullptr;
+    for (int64_t t = 0; t < task_.length; t += C) {
+      const int64_t left = task_.length - t;
+      keep_ = left > C || p_.final_state != nullptr;
+      chunk(task_.first + t, int(left < C ? left : C));
+      fresh_ = false;
+    }
+    if (p_.final_state == nullptr) return;
+    for (int64_t i = 0; i < task_.heads; ++i) store_state(i);
+  }
+
+ private:
+  const Inputs& in_;
+  const ae_linear_params& p_;
+  const LinearTask task_;
+  char* const scratch_;
+  Acc *states_, *sums_z_;
+  bool fresh_, keep_;  // the state is zero; somebody reads it after this chunk
+
+  // Of the head in work.
+  Gates gates_;
+  alignas(64) Acc beta_[C], factor_[C];       // factor: of q S
+  alignas(64) Acc row_sums_[C], inverse_[C];  // of M; one over the normalizer
+  alignas(64) Acc decay_[kPitch];             // of the rows of the state, over the chunk
+
+  template <class X>
+  X* at(int64_t offset) const {
+    return (X*)(scratch_ + offset);
+  }
+  Acc* state(int64_t head, int panel) const {
+    return states_ + (head * task_.panels + panel) * T::kPanelState;
+  }
+  Acc* z(int64_t head) const { return sums_z_ + head * kPitch; }
+
+  // ---- states in memory ----
+  void load_state(int64_t i) {
+    const int64_t* s = p_.state_stride;
+    const Acc* from = (const Acc*)p_.state + task_.sequence * s[0] + (task_.head + i) * s[1];
+    for (int n = 0; n < task_.panels; ++n) {
+      Acc* to = state(i, n);
+      const int column = (task_.panel + n) * N, width = T::panel_width(task_.panel + n);
+      if (p_.state == nullptr) {
+        __builtin_memset(to, 0, sizeof(Acc) * T::kPanelState);
+        continue;
+      }
+      for (int d = 0; d < T::kD; ++d) {
+        for (int j = 0; j < N; j += W) {
+          const int count = width - j < W ? (width - j < 0 ? 0 : width - j) : W;
+          const Acc* row = from + d * s[2] + column + j;
+          store_vector(to + d * N + j, load_lanes<Acc>(row, 1, count));
+        }
+      }
+    }
+    if constexpr (kNormalizer) {
+      for (int d = 0; d < kPitch; ++d) {
+        z(i)[d] = p_.state != nullptr && d < T::kD ? from[d * s[2] + T::kDv] : Acc(0);
+      }
+    }
+  }
+  void store_state(int64_t i) const {
+    constexpr int64_t kRow = T::kStateColumns;
+    Acc* to = (Acc*)p_.final_state + (task_.sequence * p_.H + task_.head + i) * T::kD * kRow;
+    for (int n = 0; n < task_.panels; ++n) {
+      const Acc* from = state(i, n);
+      const int column = (task_.panel + n) * N, width = T::panel_width(task_.panel + n);
+      for (int d = 0; d < T::kD; ++d) {
+        __builtin_memcpy(to + d * kRow + column, from + d * N, sizeof(Acc) * uint64_t(width));
+      }
+    }
+    if (kNormalizer && task_.panel == 0) {
+      for (int d = 0; d < T::kD; ++d) to[d * kRow + T::kDv] = z(i)[d];
+    }
+  }
+
+  // ---- a chunk ----
+  void chunk(int64_t t, int n) {
+    LinearAt where{task_.b, task_.hk, task_.head, t, n};
+    Acc *q_stage = at<Acc>(kAt.q_stage), *k_stage = at<Acc>(kAt.k_stage);
+    const auto q = in_.q(where, q_stage);
+    const auto k = in_.k(where, k_stage);
+    if constexpr (T::kChannel) {
+      tile_sums<Plan>(q, n, q_stage);
+      tile_sums<Plan>(k, n, k_stage);
+    } else {
+      M *q_tile = at<M>(kAt.q), *k_channels = at<M>(kAt.k_channels);
+      tile_by_row<Plan>(q, n, q_tile);
+      tile_by_channel<Plan>(k, n, k_channels);
+      if (keep_ || kDelta) tile_over_tokens<Plan>(k, n, at<M>(kAt.k_tokens));
+      lower_product<Plan>(q_tile, k_channels, n, at<Acc>(kAt.products));
+      if constexpr (kDelta) {
+        if (kAt.k != kAt.k_tokens) tile_by_row<Plan>(k, n, at<M>(kAt.k));
+        lower_product<Plan>(at<M>(kAt.k), k_channels, n, at<Acc>(kAt.key_products));
+      }
+    }
+    for (int64_t i = 0; i < task_.heads; ++i) {
+      where.h = task_.head + i;
+      weights(where, i == 0);
+      if constexpr (kNormalizer) normalize(where, i, k);
+      for (int panel = 0; panel < task_.panels; ++panel) {
+        columns(where, panel, state(i, panel));
+      }
+    }
+  }
+
+  // Decays, M, and A of one head.
+  void weights(const LinearAt& where, bool first) {
+    const Acc scale = Acc(p_.scale);
+    const int n = where.n;
+    Acc *products = at<Acc>(kAt.products), *key_products = at<Acc>(kAt.key_products);
+    const Acc* a = nullptr;  // D, where the products do not hold it
+    if constexpr (T::kChannel) {
+      channel_products(where);
+    } else if constexpr (T::kScalar) {
+      in_.scalar_decay(where, gates_.a);
+      gates_.accumulate();
+      for (int t = 0; t < C; ++t) factor_[t] = scale * gates_.e[t];
+      for (int d = 0; d < kPitch; ++d) decay_[d] = gates_.total;
+      a = gates_.a;
+    }
+    if constexpr (!T::kScalar) {
+      for (int t = 0; t < C; ++t) factor_[t] = scale;
+    }
+    if (T::kDecay != DecayKind::kNone || first) {
+      lower_weights<Acc, M, C>(products, a, scale, n, at<M>(kAt.weights),
+                               kNormalizer ? row_sums_ : nullptr);
+    }
+    if constexpr (kDelta) {
+      in_.beta(where, beta_);
+      delta_weights<Acc, C>(key_products, a, beta_, n, at<Acc>(kAt.minus));
+      invert_diagonal<Acc, C>(at<Acc>(kAt.minus), n, at<Acc>(kAt.inverse));
+    }
+  }
+
+  void channel_products(const LinearAt& where) {
+    const int n = where.n, blocks = Channel::blocks(n);
+    Acc *a = at<Acc>(kAt.a), *inside = at<Acc>(kAt.inside), *rest = at<Acc>(kAt.rest);
+    Acc *whole = at<Acc>(kAt.whole), *before = at<Acc>(kAt.before), *keys = at<Acc>(kAt.keys);
+    const Acc *q = at<Acc>(kAt.q_stage), *k = at<Acc>(kAt.k_stage);
+    for (int t = 0; t < n; ++t) in_.channel_decay(where, t, a + int64_t(t) * kPitch);
+    for (int64_t i = int64_t(n) * kPitch; i < int64_t(blocks) * kLinearBlock * kPitch; ++i)
+      a[i] = 1;
+    Channel::products(a, n, inside, rest, whole, before);
+    Channel::decay_rows(q, inside, before, n, at<M>(kAt.q_inside), at<M>(kAt.q));
+    if constexpr (kDelta) {
+      Channel::decay_rows(k, inside, before, n, at<M>(kAt.k_inside), at<M>(kAt.k));
+    }
+    Channel::decay_keys(k, rest, n, keys);
+    Channel::lower_product(q, at<M>(kAt.q_inside), at<Acc>(kAt.products), kDelta ? k : nullptr,
+                           at<M>(kAt.k_inside), at<Acc>(kAt.key_products), k, a, whole, n, keys,
+                           at<M>(kAt.k_channels));
+    __builtin_memcpy(decay_, before + int64_t(blocks) * kPitch, sizeof(decay_));
+  }
+
+  // Denominators of the rows, and z after the chunk.
+  template <class Rows>
+  void normalize(const LinearAt& where, int64_t head, const Rows& k) {
+    constexpr Acc kLeast = Acc(1e-6);
+    Acc* sum = z(head);
+    for (int t = 0; t < where.n; ++t) {
+      const M* q = at<M>(kAt.q) + int64_t(t) * kPitch;
+      V dot{};
+      for (int d = 0; d < kPitch; d += W) {
+        dot += load_widened<Acc>(q + d) * load_vector<V>(sum + d);
+      }
+      const Acc den = row_sums_[t] + factor_[t] * hsum(dot);
+      const bool small = den < kLeast && den > -kLeast;
+      inverse_[t] = Acc(1) / (small ? (den < 0 ? -kLeast : kLeast) : den);
+    }
+    if (!keep_) return;
+    for (int d = 0; d < kPitch; d += W) {
+      V x = load_vector<V>(sum + d);
+      if constexpr (T::kChannel) {
+        x *= load_vector<V>(decay_ + d);
+        V keys[W];
+        for (int j = 0; j < W; ++j) {
+          keys[j] = V{};
+          if (d + j >= T::kD) continue;
+          const Acc* row = at<Acc>(kAt.keys) + int64_t(d + j) * C;
+          for (int t = 0; t < Channel::blocks(where.n) * kLinearBlock; t += W) {
+            keys[j] += load_vector<V>(row + t);
+          }
+        }
+        x += sum_each(keys);
+      } else {
+        if constexpr (T::kScalar) x *= gates_.total;
+        const int count = T::kD - d < W ? T::kD - d : W;
+        for (int t = 0; t < where.n; ++t) {
+          const V y = load_lanes<Acc>(k(t) + d * k.col, k.col, count);
+          if constexpr (T::kScalar) {
+            x += y * gates_.f[t];
+          } else {
+            x += y;
+          }
+        }
+      }
+      store_vector(sum + d, x);
+    }
+  }
+
+  // One panel of columns of one head: output rows, and the state after the chunk.
+  void columns(const LinearAt& where, int panel, Acc* state) {
+    const int number = task_.panel + panel, column = number * N, width = T::panel_width(number);
+    const int n = where.n;
+    M *v = at<M>(kAt.v), *left = T::kScalar && keep_ ? at<M>(kAt.v_left) : nullptr;
+    const M* s = packed(state);
+    const auto rows = in_.v(where, column, width, at<Acc>(kAt.v_stage), N);
+    bool bad;
+    if constexpr (kDelta) {
+      bad = solve(rows, n, width, s, v, left);
+    } else {
+      bad = pack_values<T>(rows, n, width, gates_.f, v, left);
+    }
+    Acc* sums = at<Acc>(kAt.sums);
+    const M* m = at<M>(kAt.weights);
+    output_rows<T>(n, fresh_ ? 0 : T::kDSteps, at<M>(kAt.q), s, factor_, !bad, m, v, sums);
+    if (bad) add_by_rows<T>(n, m, v, sums);
+    if (keep_) update(n, T::kScalar ? left : v, state);
+    finish(where, column, width, sums);
+  }
+
+  const M* packed(const Acc* state) const {
+    if constexpr (__is_same(M, Acc)) {
+      return state;
+    } else {
+      M* s = at<M>(kAt.state);
+      if (!fresh_) pack_state<Plan>(state, s);
+      return s;
+    }
+  }
+
+  // Vn of the delta rule as operands. Returns whether it holds Inf or NaN.
+  template <class Rows>
+  bool solve(const Rows& rows, int n, int width, const M* s, M* v, M* left) {
+    Acc *right = at<Acc>(kAt.right), *solved = at<Acc>(kAt.solved), *minus = at<Acc>(kAt.minus);
+    if (fresh_) {
+      __builtin_memset(right, 0, sizeof(Acc) * uint64_t(n) * N);
+    } else {
+      gemm<Acc, M, N, GemmMode::kOverwrite>(n, T::kDSteps, at<M>(kAt.k), kPitch, T::kPair, s, N,
+                                            right, N);
+    }
+    bool bad = subtract(rows, n, width, right);
+    if (bad) {
+      solve_by_rows<Acc, C, N>(minus, n, right, solved);
+    } else {
+      solve_unit_lower<Acc, C, N>(minus, at<Acc>(kAt.inverse), n, right, solved);
+    }
+    V seen{};
+    for (int i = 0; i < n * N; i += W) seen += load_vector<V>(solved + i) * Acc(0);
+    bad = hsum(seen) != 0;
+    pack_sums<Acc, M, N>(v, solved, n, [](int) { return Acc(1); });
+    if (left != nullptr)
+      pack_sums<Acc, M, N>(left, solved, n, [this](int i) { return gates_.f[i]; });
+    return bad;
+  }
+  // right = beta (v - e right).
+  template <class Rows>
+  bool subtract(const Rows& rows, int n, int width, Acc* right) const {
+    V seen{};
+    for (int t = 0; t < n; ++t) {
+      const auto* from = rows(t);
+      const Acc e = T::kScalar ? gates_.e[t] : Acc(1);
+      for (int j = 0; j < N; j += W) {
+        const int count = width - j < W ? (width - j < 0 ? 0 : width - j) : W;
+        Acc* to = right + int64_t(t) * N + j;
+        const V x = load_lanes<Acc>(from + j * rows.col, rows.col, count);
+        const V r = (x - load_vector<V>(to) * e) * beta_[t];
+        seen += r * Acc(0);
+        store_vector(to, r);
+      }
+    }
+    return hsum(seen) != 0;
+  }
+
+  // The state after the chunk: rows decayed, plus k^T v.
+  __attribute__((noinline)) void update(int n, const M* v, Acc* state) const {
+    if constexpr (T::kChannel) {
+      const M* k = Channel::update_operand(at<Acc>(kAt.keys), n, at<M>(kAt.k_channels));
+      gemm<Acc, M, N, GemmMode::kScale>(T::kD, (n + T::kPair - 1) / T::kPair, k, C, T::kPair, v, N,
+                                        state, N, decay_);
+    } else {
+      constexpr auto kMode = T::kScalar ? GemmMode::kScale : GemmMode::kAccumulate;
+      gemm<Acc, M, N, kMode>(T::kD, (n + T::kPair - 1) / T::kPair, at<M>(kAt.k_tokens), T::kPair,
+                             T::kPair * kPitch, v, N, state, N, decay_);
+    }
+  }
+
+  // Output rows as the caller wants them.
+  __attribute__((noinline)) void finish(const LinearAt& where, int column, int width,
+                                        const Acc* sums) const {
+    const int64_t* s = p_.out_stride;
+    Elem* out = (Elem*)p_.out + where.b * s[0] + where.h * s[1] + where.t * s[2] + column * s[3];
+    HookAt at{where.b, where.h, where.t, column, W};
+    for (int t = 0; t < where.n; ++t, ++at.t, out += s[2]) {
+      for (int j = 0; j < width; j += W) {
+        V x = load_vector<V>(sums + int64_t(t) * N + j);
+        if constexpr (kNormalizer) x *= inverse_[t];
+        const int count = width - j < W ? width - j : W;
+        if constexpr (Fn::kHasOutMod) {
+          at.d = column + j, at.count = count;
+          x = Fn::out_mod(in_.env(), at, x);
+        }
+        if (s[3] == 1 && count == W) {
+          store_lanes(out + j, x);
+        } else {
+          Elem copy[W];
+          store_lanes(copy, x);
+          for (int i = 0; i < count; ++i) out[(j + i) * s[3]] = copy[i];
+        }
+      }
+    }
+  }
+  static AE_INLINE void store_lanes(Elem* to, V x) {
+    if constexpr (__is_same(M, Elem)) {
+      store_multiply(to, x);
+    } else {
+      store_narrowed<Elem, Acc>(to, x);
+    }
+  }
+};
+
+}  // namespace ae
