@@ -88,10 +88,15 @@ __device__ __forceinline__ int64_t sequence_of(const ae_linear_params& p, const 
   return low;
 }
 
+// Index i of a dimension that a hook broadcasts where its size is 1: one kernel serves both.
+__device__ __forceinline__ int32_t spread(const Env& env, int cap, int dim, int32_t i) {
+  return env.cap[cap].size[dim] == 1 ? 0 : i;
+}
+
 // exp2 of what is below is less than the least normal fp32 and becomes 0: such a token forgets all.
 constexpr float kForgets = -126.0f;
 
-// The log-decay of a token in powers of 2, after decay_mod. A positive one is reported.
+// The log-decay of a token in powers of 2, after decay_mod. A positive one, or NaN, is reported.
 template <class Plan, class Fn>
 __device__ __forceinline__ float log2_decay(const Env& env, const ae_linear_params& p, int64_t b,
                                             int64_t h, int64_t t, int64_t d) {
@@ -100,7 +105,7 @@ __device__ __forceinline__ float log2_decay(const Env& env, const ae_linear_para
   if constexpr (Plan::kDecay == DecayKind::kChannel) at += d * s[3];
   float g = float(load_element<typename Plan::Decay>(p.decay, at));
   if constexpr (Fn::kHasDecayMod) g = Fn::decay_mod(env, HookAt{b, h, t, d, 1}, g);
-  if (g > 0) *env.fault = AE_POSITIVE_DECAY;
+  if (!(g <= 0)) *env.fault = AE_POSITIVE_DECAY;
   return g * kLog2E;
 }
 
