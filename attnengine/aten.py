@@ -52,14 +52,20 @@ class Unsupported(Exception):
 
 class Lowering:
     """Builds graph nodes from aten calls. ``keys`` is the traced length of a row of scores.
-    ``sizes`` gives the size of the dimension that an index node (by id) runs through."""
+    ``sizes`` gives the size of the dimension that an index node (by id) runs through. ``sided``:
+    clamps are comparisons, whose derivative is torch's at the bound; a maximum halves it there."""
 
     def __init__(
-        self, graph: Graph, keys: int | None = None, sizes: Mapping[int, int] | None = None
+        self,
+        graph: Graph,
+        keys: int | None = None,
+        sizes: Mapping[int, int] | None = None,
+        sided: bool = False,
     ) -> None:
         self.graph = graph
         self.keys = keys
         self.sizes = sizes or {}
+        self.sided = sided
 
     # -- scalars --------------------------------------------------------------------------------
     def index_const(self, i: int) -> Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -160,8 +161,7 @@ class FxLowering:
             return handler(node, v, out)
         if name in _PLAIN:
             if name == "relu":
-                zero = self.g.const(0, out)
-                return self.low.pointwise("maximum", [v[0], zero], out, out)
+                return self.bounded("maximum", "le", v[0], 0, out)
             if out in INTS and name in ("floor", "ceil", "trunc"):
                 return self.low.scalar(v[0], out)
             return self.wrap(self.low.pointwise(_PLAIN[name], v, out, out))
@@ -355,8 +355,7 @@ class FxLowering:
         return self.low.pointwise("pow", v, out, out)
 
     def op_where(self, node: torch.fx.Node, v: list[Any], out: str) -> Value:
-        c, a, b = [self.truth(v[0]), self.low.scalar(v[1], out), self.low.scalar(v[2], out)]
-        return self.low.broadcast([c, a, b], lambda n: self.low.emit("select", n, out), out)
+        return self.either(self.truth(v[0]), v[1], v[2], out)
 
     def op_masked_fill(self, node: torch.fx.Node, v: list[Any], out: str) -> Value:
         return self.op_where(node, [v[1], v[2], v[0]], out)
@@ -366,14 +365,49 @@ class FxLowering:
         hi = v[2] if len(v) > 2 else node.kwargs.get("max")
         x = self.low.scalar(v[0], out)
         if lo is not None:
-            x = self.low.pointwise("maximum", [x, lo], out, out)
-        return x if hi is None else self.low.pointwise("minimum", [x, hi], out, out)
+            x = self.at_least(x, lo, out)
+        return x if hi is None else self.at_most(x, hi, out)
 
     def op_clamp_min(self, node: torch.fx.Node, v: list[Any], out: str) -> Value:
-        return self.low.pointwise("maximum", v, out, out)
+        return self.at_least(v[0], v[1], out)
 
     def op_clamp_max(self, node: torch.fx.Node, v: list[Any], out: str) -> Value:
-        return self.low.pointwise("minimum", v, out, out)
+        return self.at_most(v[0], v[1], out)
+
+    def at_least(self, x: Value, bound: Any, out: str) -> Value:
+        return self.bounded("maximum", "lt", x, bound, out)
+
+    def at_most(self, x: Value, bound: Any, out: str) -> Value:
+        return self.bounded("minimum", "gt", x, bound, out)
+
+    def bounded(self, op: str, beyond: str, x: Value, bound: Any, out: str) -> Value:
+        number = isinstance(bound, (int, float)) and not isinstance(bound, bool)
+        if not (self.low.sided and out in FLOATS and number) or math.isnan(bound):
+            return self.low.pointwise(op, [x, bound], out, out)
+        outside = self.low.pointwise(beyond, [x, bound], out, "bool")
+        return self.either(outside, bound, x, out)
+
+    def op_elu(self, node: torch.fx.Node, v: list[Any], out: str) -> Value:
+        alpha, scale, inner = [*v[1:], 1, 1, 1][:3]
+        p = self.low.pointwise
+        up = p("gt", [v[0], 0], out, "bool")
+        # expm1 of what is not above 0: its derivative must not overflow where it is not used.
+        low = p("expm1", [p("mul", [self.either(up, 0, v[0], out), inner], out, out)], out, out)
+        right = p("mul", [v[0], scale], out, out)
+        return self.either(up, right, p("mul", [low, alpha * scale], out, out), out)
+
+    def op_softplus(self, node: torch.fx.Node, v: list[Any], out: str) -> Value:
+        beta, threshold = [*v[1:], *[1, 20][len(v) - 1 :]]
+        p = self.low.pointwise
+        scaled = p("mul", [v[0], beta], out, out)
+        linear = p("gt", [scaled, threshold], out, "bool")
+        inner = p("exp", [self.either(linear, threshold, scaled, out)], out, out)  # as in op_elu
+        curve = p("div", [p("log1p", [inner], out, out), beta], out, out)
+        return self.either(linear, v[0], curve, out)
+
+    def either(self, condition: Value, a: Any, b: Any, out: str) -> Value:
+        values = [condition, self.low.scalar(a, out), self.low.scalar(b, out)]
+        return self.low.broadcast(values, lambda n: self.low.emit("select", n, out), out)
 
     def op_gelu(self, node: torch.fx.Node, v: list[Any], out: str) -> Value:
         p = self.low.pointwise

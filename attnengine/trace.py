@@ -250,7 +250,7 @@ def _inline_constants(module: torch.fx.GraphModule) -> set[int]:
 
 _aten = torch.ops.aten
 _ALSO_DECOMPOSED = (
-    _aten._log_softmax.default, _aten._softmax.default, _aten.elu.default, _aten.embedding.default,
+    _aten._log_softmax.default, _aten._softmax.default, _aten.embedding.default,
     _aten.hardtanh.default, _aten.index_select.default, _aten.ldexp.Tensor,
     _aten.leaky_relu.default, _aten.linalg_vector_norm.default,
 )  # fmt: skip
@@ -263,7 +263,7 @@ def _decompositions() -> Mapping:
     table = dict(core_aten_decompositions())
     for op in _ALSO_DECOMPOSED:
         table[op] = decomposition_table[op]
-    for name in ("gelu", "addmm", "index", "lift_fresh", "detach"):
+    for name in ("gelu", "elu", "softplus", "addmm", "index", "lift_fresh", "detach"):
         for op in [k for k in table if k.__name__.startswith(f"{name}.")]:
             del table[op]
     return table

@@ -47,7 +47,7 @@ def trace_hook(
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         example = torch.empty(shape, dtype=TORCH_DTYPES[d])
-    low = Lowering(g, sizes={n.id: s for n, s in zip(place, shape, strict=True)})
+    low = Lowering(g, None, {n.id: s for n, s in zip(place, shape, strict=True)}, sided=True)
     tr.read_sizes = False
     try:
         with _quiet():

@@ -1,7 +1,7 @@
-// exp, exp2, expm1, log, tanh and sigmoid. Float vectors have code of their own here, float scalars
-// use it too (four lanes), doubles call the C library. Polynomials are minimax fits of the relative
-// error, the short ones refined for the rounding of their own steps; tests/cpp/math_test.cpp states
-// and checks the bounds in units in the last place (ulp).
+// exp, exp2, expm1, log, log1p, tanh and sigmoid. Float vectors have code of their own here, float
+// scalars use it too (four lanes), doubles call the C library. Polynomials are minimax fits of the
+// relative error, the short ones refined for the rounding of their own steps;
+// tests/cpp/math_test.cpp states and checks the bounds in units in the last place (ulp).
 #pragma once
 #include "cpu/math_libm.h"
 #include "cpu/math_round.h"
@@ -178,6 +178,17 @@ struct log_vector {
   }
 };
 
+// log(u) and what rounding 1 + x to u lost, as the first term of its series.
+struct log1p_vector {
+  template <class V>
+  static AE_INLINE V of(V x) {
+    const V u = 1.0f + x;
+    const V lost = ((u - 1.0f) - x) * fast_reciprocal(u);
+    const V y = log_vector::of(u);
+    return abs(lost) < 1.0f ? y - lost : y;  // not at -1, nor at infinity
+  }
+};
+
 struct sigmoid_libm {
   static AE_INLINE double of(double x) { return 1.0 / (1.0 + __builtin_exp(-x)); }
 };
@@ -197,6 +208,7 @@ AE_EXP_FAMILY(exp)
 AE_EXP_FAMILY(exp2)
 AE_EXP_FAMILY(expm1)
 AE_EXP_FAMILY(log)
+AE_EXP_FAMILY(log1p)
 AE_EXP_FAMILY(tanh)
 AE_EXP_FAMILY(sigmoid)
 #undef AE_EXP_FAMILY

@@ -68,6 +68,8 @@ void check_accuracy() {
   check_ulps<V>(
       "expm1", [](V x) { return ae::expm1(x); }, [](double x) { return std::expm1(x); }, 2);
   check_ulps<V>("log", [](V x) { return ae::log(x); }, [](double x) { return std::log(x); }, 3);
+  check_ulps<V>(
+      "log1p", [](V x) { return ae::log1p(x); }, [](double x) { return std::log1p(x); }, 3);
   check_ulps<V>("tanh", [](V x) { return ae::tanh(x); }, [](double x) { return std::tanh(x); }, 3);
   check_ulps<V>(
       "sigmoid", [](V x) { return ae::sigmoid(x); },
@@ -98,6 +100,8 @@ void check_limits() {
   CHECK(lane(ae::sigmoid(at(0))) == T(0.5));
   CHECK(lane(ae::log(at(0))) == -kInf && lane(ae::log(at(kInf))) == kInf);
   CHECK(lane(ae::log(at(-0.0))) == -kInf && lane(ae::log(at(1))) == 0);
+  CHECK(lane(ae::log1p(at(-1))) == -kInf && lane(ae::log1p(at(kInf))) == kInf);
+  CHECK(lane(ae::log1p(at(0))) == 0 && std::isnan(lane(ae::log1p(at(-2)))));
   CHECK(std::isnan(lane(ae::log(at(-1)))) && std::isnan(lane(ae::log(at(-kInf)))));
   for (T nan : {T(kNan), T(-kNan)}) {
     X x = ae::splat<X>(nan);
@@ -242,7 +246,7 @@ void check_float_unary(X x, int lanes) {
   auto magnitude = ae::abs(x), negated = ae::neg(x), signs = ae::sign(x), root = ae::sqrt(x);
   auto inverse = ae::reciprocal(x), inverse_root = ae::rsqrt(x), curve = ae::erf(x);
   auto nans = ae::isnan(x), infinities = ae::isinf(x), nonzero = ae::to_bool(x);
-  auto sine = ae::sin(x), log1p = ae::log1p(x), log2 = ae::log2(x), gamma = ae::lgamma(x);
+  auto sine = ae::sin(x), log2 = ae::log2(x), gamma = ae::lgamma(x);
   for (int i = 0; i < lanes; ++i) {
     T v = get(x, i);
     CHECK(same<T>(get(floored, i), std::floor(v)) && same<T>(get(ceiled, i), std::ceil(v)));
@@ -256,8 +260,7 @@ void check_float_unary(X x, int lanes) {
     CHECK(truth(nans, i) == (v != v) && truth(infinities, i) == bool(std::isinf(v)));
     CHECK(truth(nonzero, i) == (v != 0));
     CHECK(same<T>(get(sine, i), std::sin(v)) && same<T>(get(curve, i), std::erf(v)));
-    CHECK(same<T>(get(log1p, i), std::log1p(v)) && same<T>(get(log2, i), std::log2(v)));
-    CHECK(same<T>(get(gamma, i), std::lgamma(v)));
+    CHECK(same<T>(get(log2, i), std::log2(v)) && same<T>(get(gamma, i), std::lgamma(v)));
   }
 }
 
