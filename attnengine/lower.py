@@ -374,13 +374,13 @@ class FxLowering:
     def op_clamp_max(self, node: torch.fx.Node, v: list[Any], out: str) -> Value:
         return self.at_most(v[0], v[1], out)
 
-    def at_least(self, x: Value, bound: Any, out: str) -> Value:
+    def at_least(self, x: Any, bound: Any, out: str) -> Value:
         return self.bounded("maximum", "lt", x, bound, out)
 
-    def at_most(self, x: Value, bound: Any, out: str) -> Value:
+    def at_most(self, x: Any, bound: Any, out: str) -> Value:
         return self.bounded("minimum", "gt", x, bound, out)
 
-    def bounded(self, op: str, beyond: str, x: Value, bound: Any, out: str) -> Value:
+    def bounded(self, op: str, beyond: str, x: Any, bound: Any, out: str) -> Value:
         number = isinstance(bound, (int, float)) and not isinstance(bound, bool)
         if not (self.low.sided and out in FLOATS and number) or math.isnan(bound):
             return self.low.pointwise(op, [x, bound], out, out)
@@ -388,7 +388,7 @@ class FxLowering:
         return self.either(outside, bound, x, out)
 
     def op_elu(self, node: torch.fx.Node, v: list[Any], out: str) -> Value:
-        alpha, scale, inner = [*v[1:], 1, 1, 1][:3]
+        alpha, scale, inner = (list(v[1:]) + [1, 1, 1])[:3]
         p = self.low.pointwise
         up = p("gt", [v[0], 0], out, "bool")
         # expm1 of what is not above 0: its derivative must not overflow where it is not used.
@@ -397,7 +397,7 @@ class FxLowering:
         return self.either(up, right, p("mul", [low, alpha * scale], out, out), out)
 
     def op_softplus(self, node: torch.fx.Node, v: list[Any], out: str) -> Value:
-        beta, threshold = [*v[1:], *[1, 20][len(v) - 1 :]]
+        beta, threshold = list(v[1:]) + [1, 20][len(v) - 1 :]
         p = self.low.pointwise
         scaled = p("mul", [v[0], beta], out, out)
         linear = p("gt", [scaled, threshold], out, "bool")

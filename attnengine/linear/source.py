@@ -14,9 +14,9 @@ from .plan import LinearPlan
 from .spec import HOOKS
 from .trace import TracedLinear
 
-DECAY = {"none": "kNone", "scalar": "kScalar", "channel": "kChannel"}
+_DECAY = {"none": "kNone", "scalar": "kScalar", "channel": "kChannel"}
 _AT = {"b": "int32_t(at.b)", "h": "int32_t(at.h)", "q": "int32_t(at.t)"}
-HOOK_PREFIX = {h: "".join(w.capitalize() for w in h.split("_")) for h in HOOKS}  # q_mod: QMod
+_PREFIX = {h: "".join(w.capitalize() for w in h.split("_")) for h in HOOKS}  # q_mod: QMod
 
 
 class HookEmitter(Emitter):
@@ -56,7 +56,7 @@ def plan_struct(plan: LinearPlan, key: LinearKey) -> list[str]:
         f"  using Beta = {ELEMENT[plan.beta]};",
         f"  static constexpr int kD = {plan.d}, kDv = {plan.dv};",
         f"  static constexpr int kChunk = {plan.chunk};",
-        f"  static constexpr ae::DecayKind kDecay = ae::DecayKind::{DECAY[plan.decay_kind]};",
+        f"  static constexpr ae::DecayKind kDecay = ae::DecayKind::{_DECAY[plan.decay_kind]};",
         f"  static constexpr bool kDelta = {flag(plan.delta)};",
         f"  static constexpr bool kNormalizer = {flag(plan.normalizer)};",
         f"  static constexpr bool kBf16Dot = {flag(plan.bf16_dot)};",
@@ -76,9 +76,7 @@ def functors(traced: TracedLinear, key: LinearKey) -> list[str]:
         f"  static constexpr int kCaptures = {len(key.captures)};",
     ]
     for name in HOOKS:
-        lines.append(
-            f"  static constexpr bool kHas{HOOK_PREFIX[name]} = {flag(name in traced.hooks)};"
-        )
+        lines.append(f"  static constexpr bool kHas{_PREFIX[name]} = {flag(name in traced.hooks)};")
     ranges = Ranges()
     for name in HOOKS:
         lines += _hook(traced, name, ranges)
@@ -128,7 +126,7 @@ def _adjoints(traced: TracedLinear, ranges: Ranges) -> list[str]:
     for name in HOOKS:
         count = len(gradients[name].grads) if name in gradients else 0
         lines.append(
-            f"  static constexpr int k{HOOK_PREFIX[name]}First = {first}, k{HOOK_PREFIX[name]}Grads = "
+            f"  static constexpr int k{_PREFIX[name]}First = {first}, k{_PREFIX[name]}Grads = "
             f"{count};"
         )
         first += count
