@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -79,6 +79,7 @@ class Plain:
 
     low: torch.dtype
     acc: torch.dtype
+    scales_rows: ClassVar[bool] = True  # a scalar decay is applied where it costs least
 
     def fed(self, x: Tensor) -> Tensor:
         """x as an operand of a product."""
@@ -143,26 +144,29 @@ def chunk_step(
     """(rows, new state) of one chunk: q, k [.., 1, C, D], v [.., G, C, Dv], log-decay [.., C, 1] or
     [.., C, D], beta [.., C], state [.., G, D, Dv or Dv + 1]."""
     fed, factor, product = arithmetic.fed, arithmetic.factor, arithmetic.product
-    q, k, v = fed(q), fed(k), fed(v)
-    from_first, to_last, last = q, k, None  # q e^G, k e^(G_last - G), e^G_last
-    decayed = k  # k e^G
+    q, k, v, old = fed(q), fed(k), fed(v), fed(state)
+    from_first, to_last, decayed = q, k, k  # q e^G, k e^(G_last - G), k e^G
+    late, early, last = None, None, None  # where rows of results are scaled, and values; e^G_last
     if g is not None:
-        up = g.cumsum(-2).exp()
-        down = _after(g).exp()
-        from_first, to_last = fed(q * factor(up)), fed(k * factor(down))
+        up, down = g.cumsum(-2).exp(), _after(g).exp()
         last = up[..., -1, :, None]
-        decayed = fed(k * factor(up)) if beta is not None else k
+        if g.shape[-1] == 1 and arithmetic.scales_rows:
+            late, early = factor(up), factor(down)
+        else:
+            from_first, to_last = fed(q * factor(up)), fed(k * factor(down))
+            decayed = fed(k * factor(up)) if beta is not None else k
     between: Callable[..., Tensor] = _scalar if g is None or g.shape[-1] == 1 else _channel
-    old = fed(state)
     if beta is not None:
         a = factor(beta[..., None]) * between(k, k, g, arithmetic, 0)
-        rest = v - product(decayed, old[..., : v.shape[-1]])
+        known = product(decayed, old[..., : v.shape[-1]])
+        rest = v - (known if late is None else known * late)
         v = fed(arithmetic.solve(fed(a), factor(beta[..., None]) * rest))
     if normalizer:
         v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
-    m = fed(between(q, k, g, arithmetic, 1))
-    rows = product(from_first, old, scale) + product(m, v, scale)
-    new = product(to_last.mT, v).to(state.dtype)
+    rows = product(from_first, old, scale)
+    rows = rows if late is None else rows * late
+    rows = rows + product(fed(between(q, k, g, arithmetic, 1)), v, scale)
+    new = product(to_last.mT, v if early is None else v * early).to(state.dtype)
     return rows, new + (state if last is None else last * state)
 
 
@@ -185,6 +189,7 @@ def _scalar(q: Tensor, k: Tensor, g: Tensor | None, arithmetic: Any, diagonal: i
     qk = arithmetic.product(q, k.mT)
     if g is not None:
         qk = qk * arithmetic.factor(segments(g[..., 0]).exp())
+        return qk if diagonal else qk.tril(-1)
     return qk.tril(diagonal - 1)
 
 

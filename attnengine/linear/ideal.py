@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -84,6 +84,7 @@ class Ideal:
     """The arithmetic of :func:`attnengine.linear.chunked.chunk_step` with a matrix unit."""
 
     precision: Precision
+    scales_rows: ClassVar[bool] = False  # the operands: what a kernel for either kind of decay does
 
     def fed(self, x: Tensor) -> Tensor:
         return Round.apply(x, self.precision, False)
