@@ -106,6 +106,7 @@ setup(
                 "csrc/driver_table.cpp",
                 "csrc/cuda_module.cpp",
                 "csrc/cuda_launch.cpp",
+                "csrc/cuda_linear.cpp",
             ],
             include_dirs=list(INCLUDE),
             depends=DEPENDS,

@@ -131,6 +131,10 @@ _CUDA_FIELDS = (
 # Of kernels of sequences alone.
 _SEQUENCE_FIELDS = ("sequences", "slot_bytes", "tile_cycles", "shared_kv")
 
+# Of linear attention alone.
+_LINEAR_FIELDS = ("state_bytes", "split_bytes")
+_CUDA_KINDS = {"forward": 0, "linear_forward": 2}  # ae_kind
+
 
 def load_cuda_kernel(
     ptx: str | os.PathLike[str],
@@ -155,8 +159,11 @@ def load_cuda_kernel(
         raise ValueError(
             f"{path}: its manifest has no {error}; clear the cache with: attnengine cache clear"
         ) from None
-    if kind != "forward":
-        raise ValueError(f"{path}: its manifest says kind={kind!r}; CUDA kernels are 'forward'")
+    if kind not in _CUDA_KINDS:
+        raise ValueError(
+            f"{path}: its manifest says kind={kind!r}; CUDA kernels are "
+            f"{' or '.join(map(repr, _CUDA_KINDS))}"
+        )
     if element not in _ELEMENTS:
         raise ValueError(
             f"{path}: its manifest says dtype={element!r}; expected {', '.join(_ELEMENTS)}"
@@ -164,6 +171,8 @@ def load_cuda_kernel(
     digits = target.removeprefix("sm_").rstrip("af")
     if not target.startswith("sm_") or not digits.isdecimal():
         raise ValueError(f"{path}: its manifest says target={target!r}; expected sm_80 or alike")
+    numbers |= {name: int(manifest.get(name, 0)) for name in _LINEAR_FIELDS}
+    numbers["kind"] = _CUDA_KINDS[kind]
     numbers |= {"dtype": DTYPE_CODES[_ELEMENTS[element]], "target": int(digits)}
     signature = None if captures is None else [(r, DTYPE_CODES[t]) for r, t in captures]
     images = path, "" if cubin is None else os.path.abspath(cubin)

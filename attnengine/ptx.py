@@ -130,6 +130,9 @@ def check_entries(names: list[str], manifest: dict[str, Any]) -> None:
     """The entries are those that the manifest promises: ae_KIND, ae_tables where the mask reads
     captured tensors, ae_schedule and ae_combine where work is split. Raises CompileFailed."""
     expected = {f"ae_{manifest['kind']}"}
+    if manifest["kind"] == "linear_forward":
+        chunks = ("ae_linear_states", "ae_linear_states_split", "ae_linear_outputs")
+        expected = {"ae_linear_step", *(chunks if manifest.get("chunked") else ())}
     if manifest.get("mask_captures"):
         expected.add("ae_tables")
     if manifest.get("slot_bytes"):

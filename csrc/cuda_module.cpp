@@ -6,6 +6,8 @@
 #include <iterator>
 #include <stdexcept>
 
+#include "common/linear_abi.h"
+
 namespace ae {
 namespace {
 
@@ -126,7 +128,9 @@ void check_info(const ae_cuda_info& x, const std::string& path) {
                              std::to_string(value) + ", which must be " + limit +
                              "; clear the cache with: attnengine cache clear");
   };
-  if (x.info.kind != AE_FORWARD) refuse("kind", x.info.kind, "0 (forward)");
+  if (x.info.kind != AE_FORWARD && x.info.kind != AE_LINEAR_FORWARD) {
+    refuse("kind", x.info.kind, "0 (forward) or 2 (linear forward)");
+  }
   if (x.target < 10) refuse("target", x.target, "a compute capability, as 80 for 8.0");
   if (x.threads < 32 || x.threads > 1024 || x.threads % 32 != 0) {
     refuse("threads", x.threads, "a multiple of 32 up to 1024");
@@ -183,7 +187,8 @@ CudaKernel::CudaKernel(const ae_cuda_info& info, const std::string& ptx_path,
   if (!cubin_path.empty()) cubin_ = read_file(cubin_path);
   check_info(info, ptx_path);
   info_.info.abi_version = AE_ABI_VERSION;
-  info_.info.params_bytes = sizeof(ae_params);
+  const bool linear = info.info.kind == AE_LINEAR_FORWARD;
+  info_.info.params_bytes = linear ? sizeof(ae_linear_params) : sizeof(ae_params);
   info_.info.grad_mask = 0;
   info_.info.isa = AE_ISA_PORTABLE;
   info_.info.key = key_.c_str();
@@ -233,6 +238,20 @@ const CudaFunctions* CudaKernel::load(const CudaDevice& device, ae_cu_stream str
   allocate_fault(device, stream);
   CudaFunctions functions{&device, load_image(device), nullptr, nullptr, nullptr, nullptr, 0};
   try {
+    if (info_.info.kind == AE_LINEAR_FORWARD) {
+      const auto linear = [&](CudaFunctions::Linear which, const char* name, int32_t shared_bytes) {
+        functions.linear[which] =
+            entry(device, functions.module, name, info_.threads, shared_bytes);
+      };
+      linear(CudaFunctions::kStep, "ae_linear_step", 0);
+      if (info_.state_bytes > 0) {
+        linear(CudaFunctions::kStates, "ae_linear_states", info_.state_bytes);
+        linear(CudaFunctions::kSplitStates, "ae_linear_states_split", info_.split_bytes);
+        linear(CudaFunctions::kOutputs, "ae_linear_outputs", info_.shared_bytes);
+      }
+      loaded_.push_back(std::make_unique<const CudaFunctions>(functions));
+      return loaded_.back().get();
+    }
     functions.forward = entry(device, functions.module, "ae_forward", info_.threads,
                               info_.shared_bytes, &functions.blocks);
     if (info_.mask_captures != 0) {

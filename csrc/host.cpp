@@ -108,7 +108,8 @@ int32_t load_cuda_kernel(const std::string& ptx, const std::string& cubin, const
   };
   const auto small = [&](const char* field) { return static_cast<int32_t>(number(field)); };
   ae_cuda_info info{};
-  info.info.kind = AE_FORWARD;
+  const auto kind = manifest.find("kind");
+  info.info.kind = kind == manifest.end() ? AE_FORWARD : static_cast<int32_t>(kind->second);
   info.info.dtype = small("dtype");
   info.info.D = small("head_dim");
   info.info.Dv = small("value_dim");
@@ -127,6 +128,8 @@ int32_t load_cuda_kernel(const std::string& ptx, const std::string& cubin, const
   info.slot_bytes = small("slot_bytes");
   info.tile_cycles = small("tile_cycles");
   info.shared_kv = small("shared_kv");
+  info.state_bytes = small("state_bytes");
+  info.split_bytes = small("split_bytes");
   const Signature signature(captures);
   char error[kErrorBytes];
   int32_t id;

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/linear_abi.h"
+#include "cuda_linear.h"
 #include "operators.h"
 
 namespace ae {
@@ -110,14 +111,11 @@ class LinearCall {
   const int64_t* decay_size() const { return decay_size_; }
 
   // The final state where no token changes it.
-  void carry_state(void* to) const {
-    const int64_t bytes = element_count(state_size_, 4) * element_bytes(accumulator_);
-    if (bytes == 0) return;
+  void carry_state(const Tensor& to) const {
     if (p.state == nullptr) {
-      clear(to, bytes);
+      AE_TORCH(aoti_torch_zero_(to.get()));
     } else {
-      const Tensor copy = copy_as(tensor_[kState], state_size_, 4, accumulator_);
-      std::memcpy(to, const_data(copy), static_cast<size_t>(bytes));
+      AE_TORCH(aoti_torch_copy_(to.get(), tensor_[kState].get(), 0));
     }
   }
 
@@ -132,7 +130,9 @@ class LinearCall {
     for (int i = 0; i < kOperands; ++i) {
       if (tensor_[i]) check_device(view_[i], q());
     }
-    if (q().device != DeviceKind::kCpu) {
+    if (kernel.cuda != nullptr) {
+      check_place(kernel, q());
+    } else if (q().device != DeviceKind::kCpu) {
       not_implemented("q is on " + q().where() +
                       "; this kernel of linear attention was compiled for the CPU: use CPU "
                       "tensors (.cpu())");
@@ -218,13 +218,25 @@ class LinearCall {
       value_error("cu_seqlens needs packed operands of batch 1, got q " + q().shape() +
                   "; lay the sequences one after the other along L: [1, H, total, D]");
     }
-    const void* data = const_data(tensor_[kStarts]);
+    p.sequences = x.size[0] - 1;
+    Tensor on_host;
+    const bool on_device = x.device == DeviceKind::kCuda;
+    if (on_device) {
+      on_device_ = copy_as(tensor_[kStarts], x.size, 1, AE_I64, Place::of(x));
+      p.first = static_cast<const int64_t*>(const_data(on_device_));
+      // To read them would wait for the device; kernels clamp them.
+      if (!sync_debug.load(std::memory_order_relaxed)) return;
+      on_host = copy_as(tensor_[kStarts], x.size, 1, AE_I64);
+    }
+    const void* data = const_data(on_device ? on_host : tensor_[kStarts]);
+    const int64_t step = on_device ? 1 : x.stride[0];
+    const bool wide = on_device || x.dtype == AE_I64;
     starts_.resize(static_cast<size_t>(x.size[0]));
     int64_t before = 0;
     for (int64_t i = 0; i < x.size[0]; ++i) {
-      const int64_t at = i * x.stride[0];
-      const int64_t start = x.dtype == AE_I64 ? static_cast<const int64_t*>(data)[at]
-                                              : static_cast<const int32_t*>(data)[at];
+      const int64_t at = i * step;
+      const int64_t start =
+          wide ? static_cast<const int64_t*>(data)[at] : static_cast<const int32_t*>(data)[at];
       const auto element = [i](int64_t value) {
         return "cu_seqlens[" + std::to_string(i) + "]=" + std::to_string(value);
       };
@@ -239,8 +251,7 @@ class LinearCall {
       value_error("cu_seqlens[-1]=" + std::to_string(before) + " must be the length of q, " +
                   std::to_string(p.L) + " (q " + q().shape() + ")");
     }
-    p.sequences = x.size[0] - 1;
-    p.first = starts_.data();
+    if (!on_device) p.first = starts_.data();
   }
 
   void check_state(const LinearSignature& want) {
@@ -254,7 +265,7 @@ class LinearCall {
     check_dtype(view_[kState], accumulator_, "the accumulator type");
     const TensorView& x = view_[kState];
     if (!is_contiguous(x.size + 2, x.stride + 2, 2)) {  // kernels read a head's state as one block
-      tensor_[kState] = copy_as(tensor_[kState], size, 4, accumulator_);
+      tensor_[kState] = copy_as(tensor_[kState], size, 4, accumulator_, Place::of(x));
       contiguous_strides(size, 4, p.state_stride);
     } else {
       copy4(p.state_stride, x.stride);
@@ -267,6 +278,7 @@ class LinearCall {
   Tensor tensor_[kOperands];
   TensorView view_[kOperands]{};
   std::vector<int64_t> starts_;
+  Tensor on_device_;  // cu_seqlens where kernels read them
   int64_t state_size_[4], decay_size_[4];
   int32_t accumulator_ = AE_F32;
   bool channel_decay_ = false;
@@ -285,6 +297,21 @@ class LinearCall {
   throw std::out_of_range("captures[" + std::to_string(index) + "] of shape " +
                           shape_text(p.captures[index].size, p.captures[index].rank) +
                           ": an index is out of range; clamp it in the hook");
+}
+
+// The same on a GPU, or in a simulator.
+inline void launch_linear_on_device(const CudaKernel& kernel, ae_linear_params& p,
+                                    const TensorView& q) {
+  const CudaTarget target = CudaTarget::of(kernel, q);
+  CudaLinear launch(p, kernel, target.functions);
+  Tensor workspace;
+  void* memory = nullptr;
+  if (const int64_t bytes = launch.workspace_bytes(); bytes > 0) {
+    workspace = allocate_contiguous(&bytes, 1, AE_U8, Place::of(q));
+    memory = workspace.data();
+  }
+  *p.fault = launch.run(memory, target.stream);
+  if (*p.fault != 0) raise_linear_fault(p);
 }
 
 // Runs the module. Throws what `fault` says.

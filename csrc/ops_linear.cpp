@@ -24,14 +24,19 @@ void linear_forward(StableIValue* stack, uint64_t, uint64_t) {
   p.captures = captures.data();
   p.capture_count = static_cast<int32_t>(captures.count());
   Tensor out = allocate_like(call.v(), call.v().size, kernel.info.dtype, p.out_stride);
-  Tensor state = want_state ? allocate_contiguous(call.state_size(), 4, call.accumulator())
+  Tensor state = want_state ? allocate_contiguous(call.state_size(), 4, call.accumulator(),
+                                                  Place::of(call.q()))
                             : undefined_tensor();
   if (!call.empty()) {
     p.out = out.data();
     p.final_state = want_state ? state.data() : nullptr;
-    launch_linear(kernel, p);
+    if (kernel.cuda != nullptr) {
+      launch_linear_on_device(*kernel.cuda, p, call.q());
+    } else {
+      launch_linear(kernel, p);
+    }
   } else if (want_state) {
-    call.carry_state(state.data());
+    call.carry_state(state);
   }
   stack[0] = out.give();
   stack[1] = state.give();

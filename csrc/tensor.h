@@ -163,8 +163,9 @@ inline Tensor undefined_tensor() {
   return Tensor(handle);
 }
 
-inline Tensor copy_as(const Tensor& source, const int64_t* size, int64_t rank, int32_t dtype) {
-  Tensor copy = allocate_contiguous(size, rank, dtype);
+inline Tensor copy_as(const Tensor& source, const int64_t* size, int64_t rank, int32_t dtype,
+                      Place place = Place::cpu()) {
+  Tensor copy = allocate_contiguous(size, rank, dtype, place);
   AE_TORCH(aoti_torch_copy_(copy.get(), source.get(), 0));
   return copy;
 }
