@@ -1,0 +1,274 @@
+// One value head in the backward pass of linear attention, chunk by chunk: forwards through the
+// states, backwards through their adjoint U. With S the state before the chunk, D_ts = prod a_r
+// over s < r <= t, e and f as in linear_chunk.h, and W the values that the chunk wrote (v, or under
+// the delta rule the solution of (I + A) W = beta (v - (k e) S)):
+//
+//   dW  = M^T dO + (k f) U            delta rule: y = (I + A)^-T dW, dv = beta y; else dv = dW
+//   dM  = dO W^T                      dA = -y W^T, dbeta_t = r_t . y_t + sum_s dA_ts A_ts / beta_t
+//   d(q e) = dO S^T                   d(k e) = -dv S^T (delta rule)
+//   d(k f) = W U^T                    U <- total U + (q e)^T dO - (k e)^T dv
+//
+// A normalizer's z is one more column of S, to which 1 is written; its part of U is dz. The
+// gradient of a log-decay g_r is the sum of all that crosses token r, each term with a_r in it:
+// what goes from the state to tokens >= r, from tokens < r to the next state, from token s < r to t
+// >= r, and from state to state. Terms are products, and none is taken back from a sum: nothing
+// cancels, and at g_r = -inf it is exactly 0.
+#pragma once
+#include "cpu/linear_backward_shared.h"
+
+namespace ae {
+
+template <class Plan, class Fn, class Keys>
+class LinearBackwardStep {
+  using X = LinearBackwardTypes<Plan>;
+  using A = typename X::A;
+  using M = typename X::M;
+  using V = typename X::V;
+  using Tile = LinearTile<Plan>;
+  using Head = LinearBackwardHead<Plan>;
+  using Operands = LinearBackwardOperands<Plan, Fn>;
+  static constexpr int W = X::W, C = X::C, D = X::kD, kVp = X::kVp, kVWidth = X::kVWidth;
+  static constexpr bool kDelta = X::kDelta, kNormalizer = X::kNormalizer;
+
+ public:
+  // `scale`: of the scores. `mute`: dO counts as zero.
+  LinearBackwardStep(const Operands& io, LinearBackwardScratch<Plan>& x, const Keys& keys, A scale,
+                     bool mute)
+      : io_(io), x_(x), keys_(keys), scale_(scale), mute_(mute) {}
+
+  // Tiles of which parts are read that nothing writes.
+  void begin() const {
+    Tile::clear(x_.m, C * C);
+    Tile::clear(x_.dm, C * C);
+    Tile::clear(x_.x_t, X::kDp * C);
+    if constexpr (kDelta) {
+      Tile::clear(x_.kd, C * C);
+      Tile::clear(x_.minus, C * C);
+      Tile::clear(x_.da, C * C);
+      Tile::clear(x_.y_t, X::kDp * C);
+    }
+    keys_.begin();
+  }
+
+  // Keeps the state before chunk c; under the delta rule what the chunk writes; and, unless it is
+  // the last, moves the state behind the chunk.
+  void forward(const LinearAt& at, const Head& head, int64_t c, bool last) const {
+    keep(head, c);
+    if (last && !kDelta) return;
+    keys_.load_decays(at, false);
+    io_.load_v(at, x_.v);
+    const A* written = x_.v;
+    if constexpr (kDelta) {
+      keys_.scores(at.n, false);
+      system(at);
+      solve(at.n, head, c);
+      written = head.written(c);
+    }
+    if (last) return;
+    Tile::template by_scaled_row<kVp>(written, x_.scaled_row, at.n, x_.gates.f);
+    keys_.add_keys(at.n, x_.scaled_row, head.state);
+    if constexpr (kNormalizer) keys_.add_z(at.n, head.z);
+  }
+
+  void backward(const LinearAt& at, const Head& head, int64_t c) const {
+    const int n = at.n;
+    keys_.load_decays(at, true);
+    keys_.scores(n, true);
+    const A* written = x_.v;
+    if constexpr (kDelta) {
+      written = head.written(c);
+      system(at);
+    } else {
+      io_.load_v(at, x_.v);
+    }
+    if constexpr (kNormalizer) denominators(n, head.z_of(c));
+    io_.load_dout(at, x_.dout);
+    if constexpr (Fn::kHasOutMod) out_mod_back(at, head, c, written);
+    if (mute_) Tile::clear(x_.dout, C * kVp);
+
+    const M* v_nat = Tile::natural(written, x_.v_nat, C * kVp);
+    Tile::template by_column<kVWidth>(v_nat, kVp, x_.v_col);
+    const M* dout_nat = Tile::natural(x_.dout, x_.dout_nat, C * kVp);
+    Tile::template by_column<kVWidth>(dout_nat, kVp, x_.dout_col);
+    Tile::lower_scores(n, X::kDv, dout_nat, kVp, x_.v_col, x_.dm);
+    through(head.state_of(c), x_.dout_col, x_.x_t);
+    if constexpr (kNormalizer) denominator_gradients(n, head.z_of(c));
+
+    written_gradients(n, head);
+    if constexpr (kDelta) delta_gradients(at, head, c);
+    io_.store_v(at, x_.dv);
+
+    const M* u_nat = Tile::natural(head.state, x_.state_nat, int64_t(D) * kVp);
+    keys_.gradients(at, head, c, u_nat);
+    move_adjoint(n, head);
+  }
+
+ private:
+  void keep(const Head& head, int64_t c) const {
+    M* kept = head.state_of(c);
+    for (int64_t i = 0; i < int64_t(D) * kVp; i += W) {
+      store_multiply(kept + i, load_vector<V>(head.state + i));
+    }
+    if constexpr (kNormalizer) Tile::copy(head.z_of(c), head.z, X::kDp);
+  }
+
+  // [D][C] = S^T... of a kept state, [D][kVp], and rows of a natural tile, by column.
+  void through(const M* state, const M* col, A* out) const {
+    Tile::template times<C, GemmMode::kOverwrite>(D, X::kDv, state, kVp, col, C, out, C);
+  }
+
+  // ---- delta rule ----
+  // -A and beta of the chunk.
+  void system(const LinearAt& at) const {
+    io_.inputs().beta(at, x_.beta);
+    for (int t = 0; t < at.n; ++t) {
+      for (int j = 0; j <= t; j += W) {
+        const V x = load_vector<V>(x_.kd + t * C + j) * -x_.beta[t];
+        store_vector(x_.minus + t * C + j, t - j < W ? first_lanes<A>(x, t - j) : x);
+      }
+    }
+    invert_diagonal<A, C>(x_.minus, at.n, x_.inverse);
+  }
+  // r and W from v; rows past n are zero.
+  void solve(int n, const Head& head, int64_t c) const {
+    A *r = head.residual(c), *written = head.written(c);
+    keys_.keys_in_times(n, Tile::template by_row<kVp>(head.state, x_.state_row, D), x_.dv);
+    for (int t = 0; t < n; ++t) {
+      for (int d = 0; d < kVWidth; d += W) {
+        const int64_t i = int64_t(t) * kVp + d;
+        const V x = load_vector<V>(x_.v + i) - load_vector<V>(x_.dv + i) * x_.gates.e[t];
+        store_vector(r + i, x);
+        store_vector(x_.dv + i, x * x_.beta[t]);
+      }
+    }
+    solve_unit_lower<A, C, kVp>(x_.minus, x_.inverse, n, x_.dv, written);
+    Tile::clear(written + int64_t(n) * kVp, int64_t(C - n) * kVp);
+  }
+  // From dW in dv: y, dA, dbeta, and dv = beta y.
+  void delta_gradients(const LinearAt& at, const Head& head, int64_t c) const {
+    const int n = at.n;
+    A* y = x_.solved;
+    solve_unit_lower<A, C, kVp, true>(x_.minus, x_.inverse, n, x_.dv, y);
+    Tile::clear(y + int64_t(n) * kVp, int64_t(C - n) * kVp);
+    const M* y_nat = Tile::natural(y, x_.dout_nat, C * kVp);
+    Tile::lower_scores(n, X::kDv, y_nat, kVp, x_.v_col, x_.da);
+    const A* r = head.residual(c);
+    for (int t = 0; t < n; ++t) {
+      V sum{};
+      for (int d = 0; d < kVWidth; d += W) {
+        const int64_t i = int64_t(t) * kVp + d;
+        const V x = load_vector<V>(y + i);
+        sum += load_vector<V>(r + i) * x;
+        store_vector(x_.dv + i, x * x_.beta[t]);
+      }
+      for (int j = 0; j < t; j += W) {
+        const V x = load_vector<V>(x_.da + t * C + j) * load_vector<V>(x_.kd + t * C + j);
+        sum -= t - j < W ? first_lanes<A>(x, t - j) : x;
+      }
+      x_.grad[t] = hsum(sum);
+    }
+    io_.store_beta(at, x_.grad);
+    Tile::clear(x_.dv + int64_t(n) * kVp, int64_t(C - n) * kVp);
+    const M* dv_nat = Tile::natural(x_.dv, x_.dout_nat, C * kVp);
+    Tile::template by_column<kVWidth>(dv_nat, kVp, x_.dout_col);
+    through(head.state_of(c), x_.dout_col, x_.y_t);
+  }
+
+  // ---- normalizer ----
+  static constexpr double kSmallest = 1e-6;  // of the denominator's size
+
+  // Of n_t = (q S_t): o_t = inverse_den n_t.
+  void denominators(int n, const A* z) const {
+    keys_.queries_dot(z, x_.inverse_den);
+    for (int t = 0; t < n; ++t) {
+      V sum{};
+      for (int j = 0; j <= t; j += W) sum += load_vector<V>(x_.m + t * C + j);
+      A den = scale_ * (x_.inverse_den[t] + hsum(sum));
+      x_.dden[t] = 1;
+      if (__builtin_fabs(den) < A(kSmallest)) {
+        den = den < A(0) ? -A(kSmallest) : A(kSmallest);
+        x_.dden[t] = 0;
+      }
+      x_.inverse_den[t] = scale_ / den;
+    }
+    for (int t = n; t < C; ++t) x_.inverse_den[t] = x_.dden[t] = 0;
+  }
+  void denominator_gradients(int n, const A* z) const {
+    keys_.queries_dot_gradient(x_.left);
+    for (int t = 0; t < n; ++t) {
+      V sum{};
+      for (int j = 0; j <= t; j += W) {
+        const V x = load_vector<V>(x_.m + t * C + j) * load_vector<V>(x_.dm + t * C + j);
+        sum += t - j < W - 1 ? first_lanes<A>(x, t - j + 1) : x;
+      }
+      const A inverse = x_.inverse_den[t], o = inverse * (x_.left[t] + hsum(sum));
+      x_.dden[t] = x_.dden[t] == A(0) ? A(0) : -inverse * o;
+    }
+    keys_.normalize_gradient(z);
+  }
+
+  // ---- out_mod ----
+  // The operand of out_mod, o before it, and dO through it.
+  void out_mod_back(const LinearAt& at, const Head& head, int64_t c, const A* written) const {
+    const int n = at.n;
+    const M* state = head.state_of(c);
+    if constexpr (X::kRounds) {
+      pack_pairs<A, kVp>(x_.state_row, StridedRows<M>{state, kVp}, 1, D, X::kDRows, NoMod{});
+      state = x_.state_row;
+    }
+    A* o = x_.dv;
+    keys_.queries_times(n, state, o);
+    scale_rows(n, x_.gates.e, o);
+    const M* m = Tile::natural(x_.m, x_.natural, C * C);
+    const M* rows = Tile::template by_row<kVp>(written, x_.scaled_row, n);
+    Tile::template lower_times<kVWidth>(n, m, rows, kVp, o, kVp);
+    for (int t = 0; t < n; ++t) x_.row_factor[t] = kNormalizer ? x_.inverse_den[t] : scale_;
+    scale_rows(n, x_.row_factor, o);
+    io_.out_back(at, o, x_.dout);
+  }
+  static void scale_rows(int n, const A* factor, A* x) {
+    for (int t = 0; t < n; ++t) {
+      for (int d = 0; d < kVWidth; d += W) {
+        A* p = x + int64_t(t) * kVp + d;
+        store_vector(p, load_vector<V>(p) * factor[t]);
+      }
+    }
+  }
+
+  // dW into dv.
+  void written_gradients(int n, const Head& head) const {
+    const M* pairs = x_.pairs;
+    if constexpr (kNormalizer) {
+      Tile::template by_scaled_row<C>(x_.m, x_.pairs, n, x_.inverse_den);
+    } else {
+      pairs = Tile::template by_row<C>(x_.m, x_.pairs, n);
+    }
+    const M* rows = Tile::template by_row<kVp>(x_.dout, x_.dout_row, n);
+    keys_.keys_out_times(n, Tile::template by_row<kVp>(head.state, x_.state_row, D), x_.dv);
+    Tile::template lower_transposed_times<kVWidth, GemmMode::kScale>(n, pairs, rows, kVp, x_.dv,
+                                                                     kVp, x_.gates.f);
+  }
+
+  // U and dz of the chunk before.
+  void move_adjoint(int n, const Head& head) const {
+    for (int t = 0; t < n; ++t) {
+      x_.row_factor[t] = x_.gates.e[t] * (kNormalizer ? x_.inverse_den[t] : A(1));
+    }
+    Tile::template by_scaled_row<kVp>(x_.dout, x_.scaled_row, n, x_.row_factor);
+    keys_.add_queries(n, x_.scaled_row, head.state);
+    if constexpr (kNormalizer) keys_.add_dz(n, x_.dden, head.z);
+    if constexpr (kDelta) {
+      for (int t = 0; t < n; ++t) x_.row_factor[t] = -x_.gates.e[t];
+      Tile::template by_scaled_row<kVp>(x_.dv, x_.scaled_row, n, x_.row_factor);
+      keys_.add_keys_in(n, x_.scaled_row, head.state);
+    }
+  }
+
+  const Operands& io_;
+  LinearBackwardScratch<Plan>& x_;
+  const Keys& keys_;
+  const A scale_;
+  const bool mute_;
+};
+
+}  // namespace ae

@@ -1,0 +1,249 @@
+// Scalar decay or none in the backward pass of linear attention: q . k, k . k and the packed q and
+// k are the same for all value heads of a key head. Decays multiply sums, or rows of v and dO. The
+// gradients of q . k are added up over the heads before they meet k and q.
+#pragma once
+#include "cpu/linear_backward_operands.h"
+
+namespace ae {
+
+template <class Plan, class Fn>
+class LinearBackwardShared {
+  using X = LinearBackwardTypes<Plan>;
+  using A = typename X::A;
+  using M = typename X::M;
+  using V = typename X::V;
+  using Tile = LinearTile<Plan>;
+  using Head = LinearBackwardHead<Plan>;
+  using Operands = LinearBackwardOperands<Plan, Fn>;
+  static constexpr int W = X::W, C = X::C, D = X::kD, kDp = X::kDp, kVp = X::kVp;
+  static constexpr int kVectors = X::kVectors;
+
+ public:
+  LinearBackwardShared(const Operands& io, LinearBackwardScratch<Plan>& x) : io_(io), x_(x) {}
+
+  void begin() const { x_.gates.set_ones(); }
+
+  // ---- of the key head ----
+  void load_keys(const LinearAt& at) const {
+    io_.load_k(at, x_.k);
+    const M* nat = Tile::natural(x_.k, x_.k_nat, C * kDp);
+    Tile::template by_row<kDp>(x_.k, x_.k_row, C);
+    Tile::template by_column<kDp>(nat, kDp, x_.k_col);
+    if constexpr (X::kDelta) Tile::lower_scores(at.n, D, nat, kDp, x_.k_col, x_.kk);
+  }
+  void load_queries(const LinearAt& at) const {
+    io_.load_q(at, x_.q);
+    const M* nat = Tile::natural(x_.q, x_.q_nat, C * kDp);
+    Tile::template by_row<kDp>(x_.q, x_.q_row, C);
+    Tile::lower_scores(at.n, D, nat, kDp, x_.k_col, x_.qk);
+    transpose_tile(x_.q_t, C, x_.q, kDp, C, kDp);
+    transpose_tile(x_.k_t, C, x_.k, kDp, C, kDp);
+    Tile::clear(x_.dq_t, C * kDp);
+    Tile::clear(x_.dk_t, C * kDp);
+    Tile::clear(x_.sum_qk, C * C);
+    if constexpr (X::kDelta) Tile::clear(x_.sum_kk, C * C);
+  }
+  // dq and dk of the chunk, all heads added up.
+  void finish(const LinearAt& at) const {
+    transpose_tile(x_.dq, kDp, x_.dq_t, C, kDp, C);
+    transpose_tile(x_.dk, kDp, x_.dk_t, C, kDp, C);
+    const M* nat = Tile::natural(x_.sum_qk, x_.natural, C * C);
+    Tile::template lower_times<kDp>(at.n, nat, k_row(), kDp, x_.dq, kDp);
+    add_transposed(at.n, x_.sum_qk, q_row());
+    if constexpr (X::kDelta) {
+      nat = Tile::natural(x_.sum_kk, x_.natural, C * C);
+      Tile::template lower_times<kDp>(at.n, nat, k_row(), kDp, x_.dk, kDp);
+      add_transposed(at.n, x_.sum_kk, k_row());
+    }
+  }
+
+  // ---- of a value head ----
+  void load_decays(const LinearAt& at, bool) const {
+    if constexpr (X::kScalar) {
+      io_.inputs().scalar_decay(at, x_.gates.a);
+      x_.gates.accumulate();
+    }
+    for (int d = 0; d < D; ++d) x_.factor[d] = x_.gates.total;
+  }
+  // (q_t . k_s) D_ts, and under the delta rule the same of k and k.
+  void scores(int n, bool backward) const {
+    if (backward) lower_weights<A, A, C>(x_.qk, decays(), A(1), n, x_.m, nullptr);
+    if constexpr (X::kDelta) lower_weights<A, A, C>(x_.kk, decays(), A(1), n, x_.kd, nullptr);
+  }
+
+  // Products of rows of q or k with the state or U; rows still lack gates.e, or gates.f.
+  void queries_times(int n, const M* b, A* c) const { rows_times(n, q_nat(), b, c); }
+  void keys_in_times(int n, const M* b, A* c) const { rows_times(n, k_nat(), b, c); }
+  void keys_out_times(int n, const M* b, A* c) const { rows_times(n, k_nat(), b, c); }
+
+  // state = factor state + keys^T b, and the same for U with q; U += keys^T b. Rows of b have had
+  // their gates.
+  void add_keys(int n, const M* b, A* state) const { add<GemmMode::kScale>(n, k_row(), b, state); }
+  void add_queries(int n, const M* b, A* state) const {
+    add<GemmMode::kScale>(n, q_row(), b, state);
+  }
+  void add_keys_in(int n, const M* b, A* state) const {
+    add<GemmMode::kAccumulate>(n, k_row(), b, state);
+  }
+
+  // z = factor z + sum of keys, dz = factor dz + sum of q times x[t].
+  void add_z(int n, A* z) const { add_rows(n, x_.k, x_.gates.f, z); }
+  void add_dz(int n, const A* x, A* z) const {
+    for (int t = 0; t < n; ++t) x_.row_factor[t] = x_.gates.e[t] * x[t];
+    add_rows(n, x_.q, x_.row_factor, z);
+  }
+  // out[t] = (q e)_t . z
+  void queries_dot(const A* z, A* out) const {
+    V sum[kVectors]{};
+    for (int d = 0; d < D; ++d) {
+      for (int j = 0; j < kVectors; ++j) sum[j] += load_vector<V>(x_.q_t + d * C + j * W) * z[d];
+    }
+    store_gated(sum, x_.gates.e, out);
+  }
+  // out[t] = (q e)_t . (dO S^T)_t
+  void queries_dot_gradient(A* out) const {
+    V sum[kVectors]{};
+    for (int d = 0; d < D; ++d) {
+      for (int j = 0; j < kVectors; ++j) {
+        const int at = d * C + j * W;
+        sum[j] += load_vector<V>(x_.q_t + at) * load_vector<V>(x_.x_t + at);
+      }
+    }
+    store_gated(sum, x_.gates.e, out);
+  }
+  // d(q e) from dO S^T under a normalizer.
+  void normalize_gradient(const A* z) const {
+    for (int d = 0; d < D; ++d) {
+      for (int j = 0; j < C; j += W) {
+        A* x = x_.x_t + d * C + j;
+        store_vector(x, load_vector<V>(x) * load_vector<V>(x_.inverse_den + j) +
+                            load_vector<V>(x_.dden + j) * z[d]);
+      }
+    }
+  }
+
+  // Gradients of q, k and the decay. x_t: d(q e), y_t: minus d(k e), both transposed.
+  void gradients(const LinearAt& at, const Head& head, int64_t c, const M* u_nat) const {
+    const int n = at.n;
+    spread<false>(x_.x_t, x_.q_t, x_.gates.e, nullptr, x_.dq_t, x_.left);
+    if constexpr (X::kDelta) {
+      spread<true>(x_.y_t, x_.k_t, x_.gates.e, nullptr, x_.dk_t, x_.right);
+      for (int t = 0; t < n; ++t) x_.left[t] += x_.right[t];
+    }
+    Tile::template times<C, GemmMode::kOverwrite>(D, X::kDv, u_nat, kVp, x_.v_col, C, x_.x_t, C);
+    spread<false>(x_.x_t, x_.k_t, x_.gates.f, X::kNormalizer ? head.z : nullptr, x_.dk_t, x_.right);
+    score_gradients(n);
+    if constexpr (X::kScalar) {
+      Tile::sums_across(n, x_.dm, x_.grad);
+      A before = x_.gates.total * states_dot(head, c);
+      for (int t = 0; t < n; ++t) {
+        x_.grad[t] += before;
+        before += x_.right[t];
+      }
+      A behind = 0;
+      for (int t = n - 1; t >= 0; --t) x_.grad[t] += behind += x_.left[t];
+      io_.store_scalar_decay(at, x_.grad);
+    }
+  }
+
+ private:
+  const A* decays() const { return X::kScalar ? x_.gates.a : nullptr; }
+  const M* q_nat() const { return pick(x_.q, x_.q_nat); }
+  const M* k_nat() const { return pick(x_.k, x_.k_nat); }
+  const M* q_row() const { return pick(x_.q, x_.q_row); }
+  const M* k_row() const { return pick(x_.k, x_.k_row); }
+  static const M* pick(const A* same, const M* copy) {
+    if constexpr (X::kRounds) {
+      return copy;
+    } else {
+      return same;
+    }
+  }
+
+  static void rows_times(int n, const M* a, const M* b, A* c) {
+    Tile::template times<X::kVWidth, GemmMode::kOverwrite>(n, D, a, kDp, b, kVp, c, kVp);
+  }
+  template <GemmMode kMode>
+  void add(int n, const M* a, const M* b, A* state) const {
+    Tile::template transposed_times<X::kVWidth, kMode>(D, n, a, kDp, b, kVp, state, kVp, x_.factor);
+  }
+  void add_transposed(int n, const A* sums, const M* b) const {
+    const M* pairs = Tile::template by_row<C>(sums, x_.pairs, n);
+    Tile::template lower_transposed_times<kDp, GemmMode::kAccumulate>(n, pairs, b, kDp, x_.dk, kDp);
+  }
+  void add_rows(int n, const A* rows, const A* factor, A* z) const {
+    for (int d = 0; d < kDp; d += W) {
+      V sum = load_vector<V>(z + d) * x_.gates.total;
+      for (int t = 0; t < n; ++t) sum += load_vector<V>(rows + t * kDp + d) * factor[t];
+      store_vector(z + d, sum);
+    }
+  }
+  static AE_INLINE void store_gated(const V* sum, const A* gate, A* out) {
+    for (int j = 0; j < kVectors; ++j) {
+      store_vector(out + j * W, sum[j] * load_vector<V>(gate + j * W));
+    }
+  }
+
+  // sums += gate (x + more), dots = gate (with . (x + more)), or with minus x: all [D][C], gate and
+  // dots of a token, `more` (null: none) of a channel.
+  template <bool kMinus>
+  __attribute__((noinline)) void spread(const A* x, const A* with, const A* gate, const A* more,
+                                        A* sums, A* dots) const {
+    V dot[kVectors]{};
+    for (int d = 0; d < D; ++d) {
+      for (int j = 0; j < kVectors; ++j) {
+        const int at = d * C + j * W;
+        V y = load_vector<V>(x + at);
+        if (more != nullptr) y += more[d];
+        y *= load_vector<V>(gate + j * W);
+        if constexpr (kMinus) y = -y;
+        dot[j] += y * load_vector<V>(with + at);
+        store_vector(sums + at, load_vector<V>(sums + at) + y);
+      }
+    }
+    for (int j = 0; j < kVectors; ++j) store_vector(dots + j * W, dot[j]);
+  }
+
+  // Adds the gradients of q . k and k . k to those of other heads; dm becomes what each pair gives
+  // to the decays between.
+  void score_gradients(int n) const {
+    each_lower<A, C>(decays(), n, [this](int t, int j, V d, int live) {
+      const int64_t at = int64_t(t) * C + j * W;
+      V dm = load_vector<V>(x_.dm + at);
+      if constexpr (X::kNormalizer) dm = dm * x_.inverse_den[t] + x_.dden[t];
+      if (live < W) dm = first_lanes<A>(dm, live);
+      store_vector(x_.sum_qk + at, load_vector<V>(x_.sum_qk + at) + dm * d);
+      V w = dm * load_vector<V>(x_.m + at);
+      if constexpr (X::kDelta) {
+        V da = load_vector<V>(x_.da + at);
+        if (live < W || j == t / W) da = first_lanes<A>(da, live - 1);
+        store_vector(x_.sum_kk + at, load_vector<V>(x_.sum_kk + at) - da * d * x_.beta[t]);
+        w += da * load_vector<V>(x_.minus + at);
+      }
+      store_vector(x_.dm + at, w);
+    });
+  }
+
+  // <S, U>, with z.
+  A states_dot(const Head& head, int64_t c) const {
+    const M* s = head.state_of(c);
+    V sum{};
+    for (int d = 0; d < D; ++d) {
+      for (int e = 0; e < X::kVWidth; e += W) {
+        sum += load_widened<A>(s + int64_t(d) * kVp + e) *
+               load_vector<V>(head.state + int64_t(d) * kVp + e);
+      }
+    }
+    if constexpr (X::kNormalizer) {
+      for (int d = 0; d < kDp; d += W) {
+        sum += load_vector<V>(head.z_of(c) + d) * load_vector<V>(head.z + d);
+      }
+    }
+    return hsum(sum);
+  }
+
+  const Operands& io_;
+  LinearBackwardScratch<Plan>& x_;
+};
+
+}  // namespace ae

@@ -1,0 +1,121 @@
+// Tiles of the backward pass of linear attention: accumulators as operands of gemm.h, products that
+// skip what is above the diagonal, and sums over pairs of tokens that have a third between them.
+#pragma once
+#include "cpu/linear_backward_work.h"
+
+namespace ae {
+
+template <class Plan>
+struct LinearTile {
+  using X = LinearBackwardTypes<Plan>;
+  using A = typename X::A;
+  using M = typename X::M;
+  using V = typename X::V;
+  static constexpr int W = X::W, C = X::C, kPair = X::kPair;
+  static constexpr int kRowBlock = 32;  // of triangular products
+
+  static constexpr int steps(int n) { return (n + kPair - 1) / kPair; }
+
+  // ---- operands ----
+  // An A operand: `n` accumulators, rounded into `room` where the types differ.
+  static const M* natural(const A* x, M* room, int64_t n) {
+    if constexpr (X::kRounds) {
+      for (int64_t i = 0; i < n; i += W) store_multiply(room + i, load_vector<V>(x + i));
+      return room;
+    } else {
+      return x;
+    }
+  }
+  // A B operand over `rows` rows of `kPitch` accumulators.
+  template <int kPitch>
+  static const M* by_row(const A* x, M* room, int rows) {
+    if constexpr (X::kRounds) {
+      pack_sums<A, M, kPitch>(room, x, rows, [](int) { return A(1); });
+      return room;
+    } else {
+      return x;
+    }
+  }
+  // The same, row i scaled by factor[i].
+  template <int kPitch>
+  static void by_scaled_row(const A* x, M* room, int rows, const A* factor) {
+    pack_sums<A, M, kPitch>(room, x, rows, [factor](int i) { return factor[i]; });
+  }
+  // A B operand over the first `kWidth` columns of a natural tile of C rows.
+  template <int kWidth>
+  static void by_column(const M* x, int pitch, M* dst) {
+    pack_transposed<A, M, kWidth>(dst, StridedRows<M>{x, pitch}, 1, C, C, NoMod{});
+  }
+
+  static void clear(A* x, int64_t n) { __builtin_memset(x, 0, uint64_t(n) * sizeof(A)); }
+  static void copy(A* dst, const A* src, int64_t n) {
+    __builtin_memcpy(dst, src, uint64_t(n) * sizeof(A));
+  }
+
+  // ---- products ----
+  // c[m x N] from a natural A operand and from the transpose of rows [k][pitch].
+  template <int N, GemmMode kMode>
+  static void times(int m, int k, const M* a, int pitch, const M* b, int ldb, A* c, int ldc,
+                    const A* factor = nullptr) {
+    gemm<A, M, N, kMode>(m, steps(k), a, pitch, kPair, b, ldb, c, ldc, factor);
+  }
+  template <int N, GemmMode kMode>
+  static void transposed_times(int m, int k, const M* a, int pitch, const M* b, int ldb, A* c,
+                               int ldc, const A* factor = nullptr) {
+    gemm<A, M, N, kMode>(m, steps(k), a, kPair, kPair * pitch, b, ldb, c, ldc, factor);
+  }
+
+  // c[n][C] = a b for the columns that rows reach, up to the diagonal; what is above may be
+  // anything.
+  static void lower_scores(int n, int k, const M* a, int pitch, const M* b, A* c) {
+    constexpr int kHalf = C / 2;
+    int i = 0;
+    if constexpr (kHalf % W == 0 && kHalf >= kRowBlock) {
+      i = n < kHalf ? n : kHalf;
+      gemm<A, M, kHalf, GemmMode::kOverwrite>(i, steps(k), a, pitch, kPair, b, C, c, C);
+    }
+    if (i == n) return;
+    gemm<A, M, C, GemmMode::kOverwrite>(n - i, steps(k), a + int64_t(i) * pitch, pitch, kPair, b, C,
+                                        c + i * C, C);
+  }
+  // c[n x N] += L b for a natural lower triangle L.
+  template <int N>
+  static void lower_times(int n, const M* l, const M* b, int ldb, A* c, int ldc) {
+    for (int i = 0; i < n; i += kRowBlock) {
+      const int rows = n - i < kRowBlock ? n - i : kRowBlock;
+      times<N, GemmMode::kAccumulate>(rows, i + rows, l + i * C, C, b, ldb, c + int64_t(i) * ldc,
+                                      ldc);
+    }
+  }
+  // c[n x N] (scaled by `factor`) += L^T b, from the rows of L as a B operand holds them.
+  template <int N, GemmMode kMode>
+  static void lower_transposed_times(int n, const M* l, const M* b, int ldb, A* c, int ldc,
+                                     const A* factor = nullptr) {
+    for (int i = 0; i < n; i += kRowBlock) {
+      const int rows = n - i < kRowBlock ? n - i : kRowBlock;
+      transposed_times<N, kMode>(rows, n - i, l + int64_t(i) * C + i * kPair, C,
+                                 b + int64_t(i) * ldb, ldb, c + int64_t(i) * ldc, ldc, factor + i);
+    }
+  }
+
+  // sums[r] = sum of w[t][s] over s < r <= t: no term is taken back, so nothing cancels. Rows are
+  // filled up to the vector of the diagonal, with zeros behind s = t; a diagonal element counts
+  // nowhere.
+  static void sums_across(int n, const A* w, A* sums) {
+    A column[C] = {};
+    for (int t = n - 1; t >= 0; --t) {
+      const int j = t / W * W;
+      V total{};
+      for (int i = 0; i < j; i += W) {
+        const V x = load_vector<V>(column + i) + load_vector<V>(w + t * C + i);
+        store_vector(column + i, x);
+        total += x;
+      }
+      const V x = load_vector<V>(column + j) + load_vector<V>(w + t * C + j);
+      store_vector(column + j, x);
+      sums[t] = hsum(V(total + first_lanes<A>(x, t - j)));
+    }
+  }
+};
+
+}  // namespace ae
