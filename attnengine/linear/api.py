@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..api import explains
 from ..capture import Captures
-from ..target import default_isa
+from ..target import isa_of
 from . import dispatch
 from .arguments import check_arguments
 from .handle import LinearHandle
@@ -158,6 +158,7 @@ def _kind(q: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None) -> tu
     """What, of operands, decides the kernel."""
     return (
         q.dtype,
+        q.get_device(),  # -1: the CPU
         q.shape[3],
         v.shape[3],
         None if decay is None else decay.dtype,
@@ -177,7 +178,7 @@ def _handle(
         spec.__dict__.pop("_captures", None)
         table.clear()
     captures = dispatch.captures_for(spec)
-    program, tensors = _bound(spec, captures, checked)
+    program, tensors = _bound(spec, captures, checked, isa_of(q))
     inputs = (q, k, v, decay, beta, state, *tensors)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         program.both()
@@ -203,9 +204,10 @@ def _bound(
     spec: LinearAttentionSpec,
     captures: Captures,
     checked: tuple[dispatch.LinearRequest, dispatch.Sizes],
+    isa: str,
 ) -> tuple[dispatch.LinearProgram, list[Tensor]]:
     request, sizes = checked
-    program = dispatch.program(spec, captures, request, sizes, default_isa())
+    program = dispatch.program(spec, captures, request, sizes, isa)
     return program, dispatch.bound_tensors(program, captures)
 
 
@@ -220,7 +222,7 @@ def _traced_handle(
     if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
         checked = _checked(q, k, v, spec, decay, beta, state, cu_seqlens)
         captures = dispatch.captures_of_spec(spec)
-        return LinearHandle(spec, *_bound(spec, captures, checked), checked[1])
+        return LinearHandle(spec, *_bound(spec, captures, checked, isa_of(q)), checked[1])
     raise RuntimeError(COLD)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import build, cache, clean_thread, dispatch, library
+from ..arch import CUDA
 from ..aten import Unsupported
 from ..capture import Captures, captures_of, stable_text
 from ..errors import KernelUnavailable, TraceError
@@ -29,8 +30,10 @@ from .arguments import LinearArguments
 from .elementwise import SIZES
 from .key import LinearKey, linear_key
 from .plan import LinearPlan, linear_candidates
+from .plan_cuda import NO_GRADIENT, linear_cuda_candidates
 from .request import LinearRequest
 from .source import linear_source
+from .source_cuda import linear_cuda_source
 from .spec import HOOKS, LinearAttentionSpec
 from .trace import TracedLinear, trace_linear
 from .unbroadcast import Place, places_of
@@ -90,6 +93,7 @@ class LinearProgram:
     extra: tuple[Tensor, ...]  # captured, but out of the fingerprint's sight
     forward_id: int = -1
     backward_id: int = -1
+    loaded: build.DeviceModule | None = None  # a CUDA kernel, once it is loaded
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def forward(self) -> int:
@@ -149,7 +153,13 @@ class LinearProgram:
                 "prepare or export for these sizes"
             )
 
+    @property
+    def is_cuda(self) -> bool:
+        return self.isa in CUDA
+
     def _check_gradient(self) -> None:
+        if self.is_cuda:
+            raise NotImplementedError(NO_GRADIENT)
         if self.sources.backward is None:
             raise RuntimeError(
                 f"this linear-attention spec has no gradient ({self.sources.no_backward}); run it "
@@ -160,6 +170,12 @@ class LinearProgram:
         source = getattr(self.sources, kind)
         captures = [(rank, TORCH_DTYPES[dtype]) for dtype, rank in self.sources.captures]
         try:
+            if self.is_cuda:
+                code, label = CUDA[self.isa].code, f"linear {kind} {self.name}"
+                made = self.loaded = build.device_module(source, code, label)
+                return library.load_cuda_kernel(
+                    made.ptx_path, made.cubin_path, made.manifest, captures
+                )
             path = build.module(source, self.isa, f"linear {kind} {self.name}")
         except KernelUnavailable as error:
             raise KernelUnavailable(error.problem, _REMEDY) from None
@@ -208,6 +224,8 @@ def regenerated(traced: TracedLinear, isa: str) -> LinearPipeline:
 def _after_trace(traced: TracedLinear, isa: str) -> LinearPipeline:
     meaning = serialize.dump(traced)
     forward_key = linear_key("forward", traced)
+    if isa in CUDA:
+        return _cuda_pipeline(traced, forward_key, meaning, isa)
     forward_plans = linear_candidates(forward_key, traced, isa)
     forward = linear_source(traced, forward_plans[0], forward_key)
     backward_key, backward, why = None, None, ""
@@ -225,6 +243,15 @@ def _after_trace(traced: TracedLinear, isa: str) -> LinearPipeline:
         grads, tuple(traced.pins.items()), forward_key.digest(), meaning,
     )  # fmt: skip
     return LinearPipeline(traced, forward_key, backward_key, forward_plans, backward_plans, sources)
+
+
+def _cuda_pipeline(traced: TracedLinear, key: LinearKey, meaning: str, isa: str) -> LinearPipeline:
+    plans = linear_cuda_candidates(key, traced, isa)
+    sources = LinearSources(
+        linear_cuda_source(traced, plans[0], key), None, NO_GRADIENT, traced.positions,
+        key.captures, (), tuple(traced.pins.items()), key.digest(), meaning,
+    )  # fmt: skip
+    return LinearPipeline(traced, key, None, list(plans), [], sources)
 
 
 # ----------------------------------------------------------------------------------- what is known
@@ -337,9 +364,9 @@ def bound_tensors(made: LinearProgram, captures: Captures) -> list[Tensor]:
 
 def check_place(q: Tensor) -> None:
     """Raises NotImplementedError where no kernel of linear attention runs."""
-    if q.device.type != "cpu":
+    if q.device.type not in ("cpu", "cuda"):
         raise NotImplementedError(
-            f"q is on {q.device}; linear attention runs on CPU tensors in this version: use "
+            f"q is on {q.device}; linear attention runs on CPU and CUDA tensors: use "
             "CPU tensors (.cpu()), or attnengine.reference on this device"
         )
 

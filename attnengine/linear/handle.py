@@ -71,6 +71,7 @@ class LinearHandle:
         r = self.program.request
         return (
             self.element == q.dtype
+            and self.program.is_cuda == (q.device.type == "cuda")
             and r.d == q.shape[3]
             and r.dv == v.shape[3]
             and r.decay_kind == _decay_kind(decay)

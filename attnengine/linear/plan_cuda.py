@@ -24,6 +24,11 @@ STATE_TILE, SPLIT_TILE = 64, 32  # rows and columns of S that a block of the sta
 STATIC_SHARED = 2 << 10  # bytes of a block besides
 STEP_TOKENS = 8  # up to here the recurrence itself is cheaper than two passes over chunks
 
+NO_GRADIENT = (
+    "CUDA kernels of linear attention have no gradient in this version: call under "
+    "torch.no_grad(), detach() what requires grad, or use CPU tensors (.cpu())"
+)
+
 
 @dataclass(frozen=True)
 class LinearCudaPlan(LinearPlan):
@@ -45,10 +50,7 @@ def linear_cuda_candidates(key: LinearKey, traced: TracedLinear, isa: str) -> li
     """
     arch, r = CUDA[isa], key.request
     if key.kind != "forward":
-        raise NotImplementedError(
-            "CUDA kernels of linear attention have no gradient in this version: call under "
-            "torch.no_grad(), or use CPU tensors (.cpu())"
-        )
+        raise NotImplementedError(NO_GRADIENT)
     if r.element not in ELEMENTS:
         raise NotImplementedError(
             f"dtype={r.element}: CUDA kernels of linear attention support float16 and bfloat16; "
