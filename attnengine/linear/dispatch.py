@@ -369,6 +369,12 @@ def check_place(q: Tensor) -> None:
             f"q is on {q.device}; linear attention runs on CPU and CUDA tensors: use "
             "CPU tensors (.cpu()), or attnengine.reference on this device"
         )
+    if q.device.type == "cuda" and q.dtype not in (torch.float16, torch.bfloat16):
+        raise NotImplementedError(
+            f"q is {q.dtype} on {q.device}; CUDA kernels of linear attention support torch.float16 "
+            "and torch.bfloat16: cast q, k and v with .half() or .bfloat16(), or use CPU tensors "
+            "(.cpu())"
+        )
 
 
 _read: dict[str, LinearProgram] = {}
