@@ -196,6 +196,10 @@ void statistics_forward(StableIValue* stack, uint64_t, uint64_t) {
     statistics = allocate_contiguous(sums, 3, call.accumulator());
     p.logits = logits.data();
     p.statistics = statistics.data();
+    // What no token writes must not differ from run to run: they are results too.
+    const int64_t bytes = element_bytes(call.accumulator());
+    clear(p.logits, element_count(tokens, 3) * bytes);
+    clear(p.statistics, element_count(sums, 3) * bytes);
   }
   if (!call.empty() && p.N > 0) call.launch(kernel);
   stack[0] = y.give();

@@ -22,8 +22,8 @@ namespace ae {
 template <class Plan>
 class StatisticsForward : StatisticsWork<Plan> {
   using Base = StatisticsWork<Plan>;
-  using Base::H, Base::kBlock, Base::kRow, Base::kTile, Base::p, Base::row_elements,
-      Base::table_elements;
+  using Base::block, Base::H, Base::kBlock, Base::part, Base::tasks, Base::kRow, Base::kTile,
+      Base::p, Base::row_elements, Base::table_elements;
   using typename Base::A;
   using typename Base::Block;
   using typename Base::E;
@@ -38,18 +38,15 @@ class StatisticsForward : StatisticsWork<Plan> {
     const int64_t row = row_elements * int64_t(sizeof(A)),
                   table = table_elements * int64_t(sizeof(A));
     const int64_t rows = this->rows();
-    first_block_at_ = space_.take((p.sequences + 1) * int64_t(sizeof(int64_t)));
-    scratch_at_ = space_.take(p.threads * (2 * row + 2 * table));
-    weights_at_ = space_.take(!p.causal || scan ? rows * table : 0);
-    rows_at_ = space_.take(!p.causal || (scan && !p.statistics) ? rows * row : 0);
-    sequences_at_ = space_.take(!p.causal ? 2 * p.sequences * row : scan ? 2 * row : 0);
+    scratch_at_ = this->space_.take(p.threads * (2 * row + 2 * table));
+    weights_at_ = this->space_.take(!p.causal || scan ? rows * table : 0);
+    rows_at_ = this->space_.take(!p.causal || (scan && !p.statistics) ? rows * row : 0);
+    sequences_at_ = this->space_.take(!p.causal ? 2 * p.sequences * row : scan ? 2 * row : 0);
   }
-  int64_t workspace_bytes() const { return space_.bytes(); }
+  int64_t workspace_bytes() const { return this->space_.bytes(); }
 
   void run(void* workspace, ae_parallel_for parallel_for) {
-    base_ = reinterpret_cast<char*>(round_up(int64_t(workspace), WorkspacePlan::kAlign));
-    parallel_for_ = parallel_for;
-    this->number_blocks(part<int64_t>(first_block_at_));
+    this->begin(workspace, parallel_for);
     if (p.causal) {
       if (this->by_sequence()) {
         tasks(p.sequences, [&](int64_t i, int32_t worker) { walk(i, Scratch(*this, worker)); });
@@ -68,44 +65,33 @@ class StatisticsForward : StatisticsWork<Plan> {
     A *carry, *local, *logits, *weights;
     Scratch(const StatisticsForward& f, int32_t worker) {
       const int64_t elements = 2 * (f.row_elements + f.table_elements);
-      carry = f.template part<A>(f.scratch_at_) + worker * elements;
+      carry = f.part(f.scratch_at_) + worker * elements;
       local = carry + f.row_elements;
       logits = local + f.row_elements;
       weights = logits + f.table_elements;
     }
   };
 
-  template <class T>
-  T* part(int64_t at) const {
-    return reinterpret_cast<T*>(base_ + at);
-  }
-  template <class Task>
-  void tasks(int64_t n, const Task& task) const {
-    this->for_each(parallel_for_, n, p.threads, task);
-  }
-  Block block(int64_t n) const { return this->block_at(part<int64_t>(first_block_at_), n); }
   In w_of(const Block& b) const { return this->template tokens<const E>(p.w, p.w_stride, b); }
   Out y_of(const Block& b) const { return this->template tokens<E>(p.y, p.y_stride, b); }
   const A* temp() const { return static_cast<const A*>(p.temp); }
 
-  A* weights_of(const Block& b) const { return part<A>(weights_at_) + b.row * table_elements; }
+  A* weights_of(const Block& b) const { return part(weights_at_) + b.row * table_elements; }
   // Where a block's r goes.
   A* logits_of(const Block& b, const Scratch& s) const {
     return p.logits ? static_cast<A*>(p.logits) + b.row * table_elements : s.logits;
   }
   // Causal: before each block. Else: local sums of each block.
   A* row_of_block(const Block& b) const {
-    A* rows = p.causal && p.statistics ? static_cast<A*>(p.statistics) : part<A>(rows_at_);
+    A* rows = p.causal && p.statistics ? static_cast<A*>(p.statistics) : part(rows_at_);
     return rows + b.row * row_elements;
   }
   // Not causal: of each sequence; what backward needs, and 1/c with -1 / (1 + a).
   A* sums_of(int64_t i) const {
-    A* rows = p.statistics ? static_cast<A*>(p.statistics) : part<A>(sequences_at_);
+    A* rows = p.statistics ? static_cast<A*>(p.statistics) : part(sequences_at_);
     return rows + i * row_elements;
   }
-  A* factors_of(int64_t i) const {
-    return part<A>(sequences_at_) + (p.sequences + i) * row_elements;
-  }
+  A* factors_of(int64_t i) const { return part(sequences_at_) + (p.sequences + i) * row_elements; }
 
   // -- states ------------------------------------------------------------------------------------
   // One head of a state and a row's column: D columns of c and A, one of D.
@@ -228,10 +214,9 @@ class StatisticsForward : StatisticsWork<Plan> {
   // Turns local sums of the blocks of a wave, columns [kFrom, kTo), into sums of all before.
   template <int kFrom, int kTo>
   void carry(int64_t begin, int64_t end) const {
-    const int64_t* first_block = part<int64_t>(first_block_at_);
-    const int64_t first = this->sequence_at(first_block, begin);
-    const int64_t last = this->sequence_at(first_block, end - 1);
-    A* kept = part<A>(sequences_at_);  // what the last sequence of a wave leaves to the next
+    const int64_t* first_block = this->first_block();
+    const int64_t first = this->sequence_at(begin), last = this->sequence_at(end - 1);
+    A* kept = part(sequences_at_);  // what the last sequence of a wave leaves to the next
     tasks((last - first + 1) * H, [&](int64_t n, int32_t) {
       const int64_t i = first + n / H, h = n % H;
       const int64_t from = first_block[i] > begin ? first_block[i] : begin;
@@ -334,7 +319,7 @@ class StatisticsForward : StatisticsWork<Plan> {
     for (int64_t j = 0; j < blocks; ++j) output(this->block_in(i, j));
   }
   void phases(int64_t begin, int64_t end) const {
-    const int64_t* first_block = part<int64_t>(first_block_at_);
+    const int64_t* first_block = this->first_block();
     const int64_t first = first_block[begin], blocks = first_block[end] - first;
     tasks(blocks, [&](int64_t n, int32_t) { squares(block(first + n)); });
     tasks((end - begin) * H, [&](int64_t n, int32_t) { sum_squares(begin + n / H, n % H); });
@@ -345,42 +330,10 @@ class StatisticsForward : StatisticsWork<Plan> {
     tasks(blocks, [&](int64_t n, int32_t) { output(block(first + n)); });
   }
 
-  WorkspacePlan space_;
-  int64_t first_block_at_, scratch_at_, weights_at_, rows_at_, sequences_at_;
-  char* base_ = nullptr;
-  ae_parallel_for parallel_for_ = nullptr;
+  int64_t scratch_at_, weights_at_, rows_at_, sequences_at_;
 };
-
-inline bool same_statistics_abi(const ae_statistics_params& p) {
-  return p.abi_version == AE_ABI_VERSION && p.bytes == sizeof(ae_statistics_params);
-}
 
 }  // namespace ae
 
-#define AE_EXPORT_STATISTICS(Plan, Kernel, kind)                              \
-  AE_EXPORT const ae_module_info* ae_info() {                                 \
-    static const ae_module_info info = {AE_ABI_VERSION,                       \
-                                        sizeof(ae_statistics_params),         \
-                                        kind,                                 \
-                                        ae::dtype_of<Plan::Elem>(),           \
-                                        Plan::kD,                             \
-                                        Plan::kD,                             \
-                                        0,                                    \
-                                        0,                                    \
-                                        0,                                    \
-                                        0,                                    \
-                                        ae::kIsa,                             \
-                                        Plan::kKey};                          \
-    return &info;                                                             \
-  }                                                                           \
-  AE_EXPORT int64_t ae_workspace_bytes(const ae_statistics_params* p) {       \
-    return Kernel(*p).workspace_bytes();                                      \
-  }                                                                           \
-  AE_EXPORT int32_t ae_launch(const ae_statistics_params* p, void* workspace, \
-                              ae_parallel_for parallel_for) {                 \
-    if (!ae::same_statistics_abi(*p)) return ae::kWrongAbi;                   \
-    Kernel(*p).run(workspace, parallel_for);                                  \
-    return ae::kLaunched;                                                     \
-  }
 #define AE_EXPORT_STATISTICS_FORWARD(Plan) \
   AE_EXPORT_STATISTICS(Plan, ae::StatisticsForward<Plan>, AE_STATISTICS_FORWARD)

@@ -7,6 +7,21 @@
 
 namespace ae {
 
+// Parts of a workspace, one after the other.
+class WorkspacePlan {
+ public:
+  static constexpr int64_t kAlign = 64;
+  int64_t take(int64_t bytes) {
+    const int64_t at = bytes_;
+    bytes_ += round_up(bytes, kAlign);
+    return at;
+  }
+  int64_t bytes() const { return bytes_ + kAlign; }
+
+ private:
+  int64_t bytes_ = 0;
+};
+
 template <class Plan>
 class StatisticsWork {
  protected:
@@ -36,6 +51,7 @@ class StatisticsWork {
       tokens_ += length(i);
       if (length(i) > longest_) longest_ = length(i);
     }
+    first_block_at_ = space_.take((p.sequences + 1) * int64_t(sizeof(int64_t)));
   }
 
   int64_t length(int64_t i) const { return p.first ? p.first[i + 1] - p.first[i] : p.N; }
@@ -50,19 +66,6 @@ class StatisticsWork {
     return {
         sequence,      index, row_of(sequence) + index, start, int(left < kBlock ? left : kBlock),
         left <= kBlock};
-  }
-  // The n-th block of all; `first_block` is what `number_blocks` wrote.
-  Block block_at(const int64_t* first_block, int64_t n) const {
-    const int64_t i = sequence_at(first_block, n);
-    return block_in(i, n - first_block[i]);
-  }
-  int64_t sequence_at(const int64_t* first_block, int64_t n) const {
-    int64_t low = 0, high = p.sequences;
-    while (high - low > 1) {
-      const int64_t middle = (low + high) / 2;
-      (first_block[middle] <= n ? low : high) = middle;
-    }
-    return low;
   }
   void number_blocks(int64_t* first_block) const {
     first_block[0] = 0;
@@ -104,12 +107,35 @@ class StatisticsWork {
     return limit < 2 * p.threads ? 2 * p.threads : limit;
   }
 
+  // -- the launch --------------------------------------------------------------------------------
+  void begin(void* workspace, ae_parallel_for parallel_for) {
+    base_ = reinterpret_cast<char*>(round_up(int64_t(workspace), WorkspacePlan::kAlign));
+    parallel_for_ = parallel_for;
+    number_blocks(reinterpret_cast<int64_t*>(base_ + first_block_at_));
+  }
+  A* part(int64_t at) const { return reinterpret_cast<A*>(base_ + at); }
+  // task(index, worker) for every index in [0, n).
   template <class Task>
-  static void for_each(ae_parallel_for parallel_for, int64_t n, int32_t threads, const Task& task) {
+  void tasks(int64_t n, const Task& task) const {
     const auto call = [](void* arg, int64_t index, int32_t worker) {
       (*static_cast<const Task*>(arg))(index, worker);
     };
-    if (n > 0) parallel_for(n, threads, call, const_cast<Task*>(&task));
+    if (n > 0) parallel_for_(n, p.threads, call, const_cast<Task*>(&task));
+  }
+  const int64_t* first_block() const {
+    return reinterpret_cast<const int64_t*>(base_ + first_block_at_);
+  }
+  Block block(int64_t n) const {
+    const int64_t i = sequence_at(n);
+    return block_in(i, n - first_block()[i]);
+  }
+  int64_t sequence_at(int64_t block) const {
+    int64_t low = 0, high = p.sequences;
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (first_block()[middle] <= block ? low : high) = middle;
+    }
+    return low;
   }
 
   void clear(A* row) const { __builtin_memset(row, 0, uint64_t(row_elements) * sizeof(A)); }
@@ -118,21 +144,40 @@ class StatisticsWork {
   }
 
   int64_t blocks_ = 0, tokens_ = 0, longest_ = 0;
+  WorkspacePlan space_;
+  int64_t first_block_at_;
+  char* base_ = nullptr;
+  ae_parallel_for parallel_for_ = nullptr;
 };
 
-// Parts of a workspace, one after the other.
-class WorkspacePlan {
- public:
-  static constexpr int64_t kAlign = 64;
-  int64_t take(int64_t bytes) {
-    const int64_t at = bytes_;
-    bytes_ += round_up(bytes, kAlign);
-    return at;
-  }
-  int64_t bytes() const { return bytes_ + kAlign; }
-
- private:
-  int64_t bytes_ = 0;
-};
+inline bool same_statistics_abi(const ae_statistics_params& p) {
+  return p.abi_version == AE_ABI_VERSION && p.bytes == sizeof(ae_statistics_params);
+}
 
 }  // namespace ae
+
+#define AE_EXPORT_STATISTICS(Plan, Kernel, kind)                              \
+  AE_EXPORT const ae_module_info* ae_info() {                                 \
+    static const ae_module_info info = {AE_ABI_VERSION,                       \
+                                        sizeof(ae_statistics_params),         \
+                                        kind,                                 \
+                                        ae::dtype_of<Plan::Elem>(),           \
+                                        Plan::kD,                             \
+                                        Plan::kD,                             \
+                                        0,                                    \
+                                        0,                                    \
+                                        0,                                    \
+                                        0,                                    \
+                                        ae::kIsa,                             \
+                                        Plan::kKey};                          \
+    return &info;                                                             \
+  }                                                                           \
+  AE_EXPORT int64_t ae_workspace_bytes(const ae_statistics_params* p) {       \
+    return Kernel(*p).workspace_bytes();                                      \
+  }                                                                           \
+  AE_EXPORT int32_t ae_launch(const ae_statistics_params* p, void* workspace, \
+                              ae_parallel_for parallel_for) {                 \
+    if (!ae::same_statistics_abi(*p)) return ae::kWrongAbi;                   \
+    Kernel(*p).run(workspace, parallel_for);                                  \
+    return ae::kLaunched;                                                     \
+  }
