@@ -364,7 +364,7 @@ def bound_tensors(made: LinearProgram, captures: Captures) -> list[Tensor]:
 
 def check_place(q: Tensor) -> None:
     """Raises NotImplementedError where no kernel of linear attention runs."""
-    if q.device.type not in ("cpu", "cuda"):
+    if q.device.type not in ("cpu", "cuda", "meta"):
         raise NotImplementedError(
             f"q is on {q.device}; linear attention runs on CPU and CUDA tensors: use "
             "CPU tensors (.cpu()), or attnengine.reference on this device"

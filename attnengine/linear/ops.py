@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import library
 from ..ops import _empty_like_layout, translate
 from . import serialize
-from .dispatch import LinearProgram, dtypes, program_of
+from .dispatch import LinearProgram, check_place, dtypes, program_of
 from .unbroadcast import unbroadcast
 
 forward = torch.ops.attnengine.linear_forward.default._op
@@ -164,6 +164,7 @@ def _check(kernel: int, kind: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     info = library.kernel_info(kernel)
     if info.kind != kind:
         raise ValueError(f"kernel={kernel} is a {info.kind} kernel, this operator needs a {kind}")
+    check_place(q)
     for name, x, width in (("q", q, info.D), ("k", k, info.D), ("v", v, info.Dv)):
         if x.dim() != 4 or x.dtype != info.dtype or x.shape[3] != width:
             raise ValueError(
@@ -292,6 +293,7 @@ def _attention_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     *operands, captures, key, scale, want_state = arguments
     q, _, v, *_, cu_seqlens = operands
     program = known(key)
+    check_place(q)
     element, acc = dtypes(program.request)
     if q.dtype != element or (q.shape[3], v.shape[3]) != (program.request.d, program.request.dv):
         raise ValueError(

@@ -39,20 +39,20 @@ def _place(n: Node) -> Place:
 
 def unbroadcast(grad: Tensor, places: Sequence[Place], x: Tensor) -> Tensor:
     """``grad``, of the shape of a hook's operand, summed to the shape of the captured tensor ``x``
-    that is read at ``places``; a dimension of size 1 is read at 0."""
-    dims = _DIMS[grad.dim()]
+    that is read at ``places``; a dimension of size 1 is read at 0. What is not read gets 0."""
+    dims, sizes = _DIMS[grad.dim()], grad.shape
     read = [dims.index(p) for p, n in zip(places, x.shape, strict=True) if p in dims and n != 1]
     summed = [d for d in range(grad.dim()) if d not in read]
     if summed:
         grad = grad.sum(summed)
     grad = grad.permute([sorted(read).index(d) for d in read])
-    fixed = tuple(
-        p if isinstance(p, int) and n != 1 else slice(None)
+    part: tuple[int | slice, ...] = tuple(
+        slice(None) if n == 1 else slice(sizes[dims.index(p)]) if p in dims else int(p)
         for p, n in zip(places, x.shape, strict=True)
     )
-    if all(isinstance(f, slice) for f in fixed):
+    if grad.numel() == x.numel():
         return grad.reshape(x.shape)
     result = grad.new_zeros(x.shape)
-    view = result[fixed]
+    view = result[part]
     view.copy_(grad.reshape(view.shape))
     return result
