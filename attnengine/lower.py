@@ -387,6 +387,11 @@ class FxLowering:
         outside = self.low.pointwise(beyond, [x, bound], out, "bool")
         return self.either(outside, bound, x, out)
 
+    def op_hardtanh(self, node: torch.fx.Node, v: list[Any], out: str) -> Value:
+        low, high = v[1:3] if len(v) > 2 else (-1, 1)
+        x = self.bounded("maximum", "le", v[0], low, out)
+        return self.bounded("minimum", "ge", x, high, out)
+
     def op_elu(self, node: torch.fx.Node, v: list[Any], out: str) -> Value:
         alpha, scale, inner = (list(v[1:]) + [1, 1, 1])[:3]
         p = self.low.pointwise

@@ -214,6 +214,8 @@ class Tracer:
         fresh = _inline_constants(module)
 
         def captured(tensor: torch.Tensor) -> Value | None:
+            if not isinstance(tensor, torch.Tensor):
+                raise Unsupported(f"{type(tensor).__name__}", "capture tensors and numbers")
             if id(tensor) in fresh:
                 return None
             if tensor.device.type != "cpu":
@@ -251,7 +253,7 @@ def _inline_constants(module: torch.fx.GraphModule) -> set[int]:
 _aten = torch.ops.aten
 _ALSO_DECOMPOSED = (
     _aten._log_softmax.default, _aten._softmax.default, _aten.embedding.default,
-    _aten.hardtanh.default, _aten.index_select.default, _aten.ldexp.Tensor,
+    _aten.index_select.default, _aten.ldexp.Tensor,
     _aten.leaky_relu.default, _aten.linalg_vector_norm.default,
 )  # fmt: skip
 
@@ -263,7 +265,7 @@ def _decompositions() -> Mapping:
     table = dict(core_aten_decompositions())
     for op in _ALSO_DECOMPOSED:
         table[op] = decomposition_table[op]
-    for name in ("gelu", "elu", "softplus", "addmm", "index", "lift_fresh", "detach"):
+    for name in ("gelu", "elu", "hardtanh", "softplus", "addmm", "index", "lift_fresh", "detach"):
         for op in [k for k in table if k.__name__.startswith(f"{name}.")]:
             del table[op]
     return table

@@ -1,0 +1,38 @@
+// attnengine linear forward kernel, cpu:avx512_bf16, bf16, D 128, Dv 128. Generated: do not edit.
+#include "cpu/linear_forward.h"
+#include "cpu/hook.h"
+#include "cpu/math.h"
+namespace {
+struct Plan {
+  using Elem = ae::bf16;
+  using Acc = float;
+  using Decay = float;
+  using Beta = ae::bf16;
+  static constexpr int kD = 128, kDv = 128;
+  static constexpr int kChunk = 32;
+  static constexpr ae::DecayKind kDecay = ae::DecayKind::kScalar;
+  static constexpr bool kDelta = true;
+  static constexpr bool kNormalizer = false;
+  static constexpr bool kBf16Dot = true;
+  static constexpr int kVirtualWorkers = 32;
+  static constexpr int64_t kScratchBytes = 139264;
+  static constexpr const char* kKey = "9959fc2e06af6b48424729d05da419489185bf269476541a660f02caad4c7125";
+};
+struct Fn {
+  using A = Plan::Acc;
+  using L = ae::Lanes<A>;
+  using V = L::Acc;
+  static constexpr int kCaptures = 0;
+  static constexpr bool kHasQMod = false;
+  static constexpr bool kHasKMod = false;
+  static constexpr bool kHasVMod = false;
+  static constexpr bool kHasDecayMod = false;
+  static constexpr bool kHasOutMod = false;
+  static V q_mod(const ae::Env&, const ae::HookAt&, V x) { return x; }
+  static V k_mod(const ae::Env&, const ae::HookAt&, V x) { return x; }
+  static V v_mod(const ae::Env&, const ae::HookAt&, V x) { return x; }
+  static V decay_mod(const ae::Env&, const ae::HookAt&, V x) { return x; }
+  static V out_mod(const ae::Env&, const ae::HookAt&, V x) { return x; }
+};
+}  // namespace
+AE_EXPORT_LINEAR_FORWARD(Plan, Fn)
