@@ -189,6 +189,13 @@ class LinearBackward {
   char* base_ = nullptr;
 };
 
+// How many gradients of captured tensors each hook gives, as linear_abi.h counts them.
+template <class Fn>
+constexpr uint64_t linear_hook_grads() {
+  return uint64_t(Fn::kQModGrads) | uint64_t(Fn::kKModGrads) << 8 | uint64_t(Fn::kVModGrads) << 16 |
+         uint64_t(Fn::kDecayModGrads) << 24 | uint64_t(Fn::kOutModGrads) << 32;
+}
+
 template <class Plan, class Fn>
 const ae_module_info* linear_backward_info() {
   static constexpr ae_module_info info = {AE_ABI_VERSION,
@@ -198,9 +205,9 @@ const ae_module_info* linear_backward_info() {
                                           Plan::kD,
                                           Plan::kDv,
                                           Fn::kCaptures,
+                                          linear_operands<Plan>(),
                                           0,
-                                          0,
-                                          0,
+                                          linear_hook_grads<Fn>(),
                                           kIsa,
                                           Plan::kKey};
   return &info;
