@@ -187,7 +187,8 @@ def _candidate(key: LinearKey, arch: CpuArch, chunk: int, hook_work: float) -> L
         reasons.append(f"channel decays are multiplied up inside blocks of {BLOCK} tokens")
     if backward:
         reasons.append("states are computed again and kept, one for each chunk of a sequence")
-    sizes = Sizes(d, dv, c, acc, mul, arch.register_bytes, r.decay_kind == "channel", r.delta)
+    channel = r.decay_kind == "channel"
+    sizes = Sizes(d, dv, c, acc, mul, arch.register_bytes, channel, r.delta, r.normalizer)
     return LinearPlan(
         key.kind, f"cpu:{arch.isa}", r.element, r.accumulator, multiply,
         r.decay_dtype or r.accumulator, r.beta_dtype or r.accumulator, d, dv, c, r.decay_kind,

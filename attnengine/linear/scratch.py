@@ -21,6 +21,7 @@ class Sizes:
     register: int  # bytes of a vector register
     channel: bool  # decay of each channel
     delta: bool
+    normalizer: bool
 
     @property
     def lanes(self) -> int:
@@ -91,6 +92,7 @@ def _backward(s: Sizes) -> Iterator[int]:
     rounds, delta, channel, shared = s.pairs == 2, s.delta, s.channel, not s.channel
     tile_d, tile_v, tile_c, rows_d = c * s.d_pitch, c * pitch, c * c, s.d_rows * c
     blocks = c // BLOCK
+    keys = channel and delta
     # Of the key head.
     yield from [tile_d * a] * 4
     yield from [rounds * tile_d * m] * 4
@@ -103,18 +105,17 @@ def _backward(s: Sizes) -> Iterator[int]:
     yield from (rounds * tile_v * m, tile_v * m)
     yield from (rounds * s.d * pitch * m, rounds * s.d_rows * pitch * m)
     yield from (tile_d * a, delta * tile_d * a)
-    yield from (tile_c * a, tile_c * a, delta * tile_c * a, delta * tile_c * a)
+    yield from [tile_c * a] * 2 + [delta * tile_c * a] * 3
     yield from (delta * c * BLOCK * a, delta * tile_v * a)
-    yield from [rounds * tile_c * m] * 2
-    # Channel decay.
+    yield from (rounds * tile_c * m, (rounds or s.normalizer) * tile_c * m)
+    # Channel decay: factors, then q and k with theirs.
     yield from [channel * tile_d * a] * 3
     yield from (channel * blocks * s.d_pitch * a, channel * (blocks + 1) * s.d_pitch * a)
-    yield from (channel * rows_d * a, channel * rounds * rows_d * m, channel * tile_d * a)
-    yield from (channel * tile_d * m, channel * delta * tile_d * m) * 2
-    yield from [channel * rounds * tile_d * m] * 2
+    yield from [channel * tile_d * a] * 2 + [keys * tile_d * a] * 2 + [channel * tile_d * a] * 2
+    yield from [channel * rounds * tile_d * m] * 2 + [keys * rounds * tile_d * m] * 4
+    yield from (channel * rows_d * a, channel * rounds * rows_d * m)
     yield from [channel * tile_d * a] * 4
-    yield channel * rounds * tile_d * m
+    yield from [channel * rounds * tile_d * m, *[keys * rounds * tile_c * m] * 2]
     # Of a token; the first three and one line are LinearGates.
-    yield from (c * a, c * a, c * a, 64)
-    yield from [c * a] * 6
-    yield s.d_rows * a
+    yield from [c * a] * 3 + [64] + [c * a] * 7
+    yield from [s.d_pitch * a] * 2

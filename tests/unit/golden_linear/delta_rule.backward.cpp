@@ -15,7 +15,7 @@ struct Plan {
   static constexpr bool kNormalizer = false;
   static constexpr bool kBf16Dot = true;
   static constexpr int kVirtualWorkers = 32;
-  static constexpr int64_t kScratchBytes = 446144;
+  static constexpr int64_t kScratchBytes = 450880;
   static constexpr const char* kKey = "cadfc5ae6bbfaaa2176e3923ed8792cb74ddb92e413de35034033d4fc4bd7dff";
 };
 struct Fn {

@@ -15,7 +15,7 @@ struct Plan {
   static constexpr bool kNormalizer = true;
   static constexpr bool kBf16Dot = false;
   static constexpr int kVirtualWorkers = 32;
-  static constexpr int64_t kScratchBytes = 148928;
+  static constexpr int64_t kScratchBytes = 153408;
   static constexpr const char* kKey = "f61c7c4bc836ccbbaa6b10bd1234e2048f526e8e8321fcad2ac12ee61babbaaf";
 };
 struct Fn {

@@ -15,7 +15,7 @@ struct Plan {
   static constexpr bool kNormalizer = false;
   static constexpr bool kBf16Dot = true;
   static constexpr int kVirtualWorkers = 32;
-  static constexpr int64_t kScratchBytes = 606976;
+  static constexpr int64_t kScratchBytes = 656832;
   static constexpr const char* kKey = "3baa2191ff45c46b39b24fe378a6d1555de008743881c95e6712a221b064b347";
 };
 struct Fn {
