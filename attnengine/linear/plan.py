@@ -18,7 +18,7 @@ from .trace import TracedLinear
 
 MAX_DIM = 1024  # of k and of v
 CHUNKS = (16, 32, 48, 64, 96, 128, 192, 256)
-MAX_CHUNK_BYTES = 4 << 20  # of a worker's tiles: they must stay near the core
+MAX_TILE_BYTES = 4 << 20  # of a worker's tiles: they must stay near the core
 _BYTES = {"f32": 4, "f64": 8, "bf16": 2}
 
 
@@ -96,7 +96,8 @@ def linear_candidates(key: LinearKey, traced: TracedLinear, isa: str) -> list[Li
     arch = CPU[isa]
     work = _hook_work(key, traced, arch)
     plans = [_candidate(key, arch, chunk, work) for chunk in CHUNKS]
-    legal = [p for p in plans if p.scratch_bytes <= MAX_CHUNK_BYTES] or plans[:1]
+    most = MAX_TILE_BYTES + 2 * _state_bytes(key)  # packed states stand beside the tiles
+    legal = [p for p in plans if p.scratch_bytes <= most] or plans[:1]
     return sorted(legal, key=lambda p: (p.cost.total, p.chunk))
 
 
@@ -135,13 +136,15 @@ def _candidate(key: LinearKey, arch: CpuArch, chunk: int, hook_work: float) -> L
     lower = c * (c + BLOCK) / 2
     scores = 2.0 * lower * dp  # q k^T
     apply = 2.0 * lower * dvp  # scores times values
-    through = 2.0 * c * d * dvp  # into or out of the state
+    out = 2.0 * c * d * dvp  # q times the state
+    # k times values, into the state: a short product, whose sums are loaded and stored each time.
+    into = out * (1 + 2.0 * acc / mul / c)
     if backward:
-        flops = 3 * scores + 3 * apply + 5 * through
+        flops = 3 * scores + 3 * apply + 3 * out + 2 * into
     else:
-        flops = scores + apply + 2 * through
+        flops = scores + apply + out + into
     if r.delta:
-        flops += (2 * scores + through) * (2 if backward else 1)
+        flops += (2 * scores + out) * (2 if backward else 1)
     multiply_cycles = flops / arch.flops_per_cycle(multiply) * 1.2  # loop ends, C tile traffic
     # The solve is a recurrence over rows: its products are short, in the accumulator type.
     rate = arch.flops_per_cycle(r.accumulator)
@@ -153,6 +156,8 @@ def _candidate(key: LinearKey, arch: CpuArch, chunk: int, hook_work: float) -> L
     if r.decay_kind == "channel":  # scores inside a block are sums of products with their decay
         vectors += c * d / lanes * (6.0 + 2.0 * BLOCK) * (3 if backward else 1)
     vectors += c * hook_work + 4.0 * lower / lanes
+    # The state decays, and is packed where products round it.
+    vectors += d * dvp / lanes * (5.0 if dot else 1.0) * (2 if backward else 1)
     pointwise_cycles = vectors / arch.vector_ops
     state = _state_bytes(key)
     resident = 2 * state + c * (2 * d + 2 * dv) * mul + 2 * c * c * acc
@@ -163,7 +168,7 @@ def _candidate(key: LinearKey, arch: CpuArch, chunk: int, hook_work: float) -> L
     if backward:  # forward states of all chunks are written and read back
         traffic += 2 * state * arch.l2_bytes_per_cycle / arch.l3_bytes_per_cycle
     cache_cycles = traffic / cache_rate
-    overhead = (6000.0 if backward else 2500.0) + c * 20.0
+    overhead = (6000.0 if backward else 2500.0) * (1.6 if r.delta else 1.0) + c * 20.0
     unit = 1000.0 / c
     cost = LinearCost(
         multiply_cycles * unit, solve_cycles * unit, pointwise_cycles * unit, cache_cycles * unit,
