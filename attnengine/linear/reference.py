@@ -198,5 +198,5 @@ def spans(cu_seqlens: Tensor, length: int) -> Iterator[tuple[int, int, int]]:
 def normalized(rows: Tensor) -> Tensor:
     """Rows scale q^T [S | z] -> q^T S / q^T z."""
     out, z = rows[..., :-1], rows[..., -1:]
-    away = torch.where(z < 0, -DENOMINATOR, DENOMINATOR).to(z.dtype)
+    away = torch.where(z < 0, z.new_tensor(-DENOMINATOR), z.new_tensor(DENOMINATOR))
     return out / torch.where(z.abs() < DENOMINATOR, away, z)
