@@ -24,18 +24,52 @@
 
 namespace ae {
 
-// Tiles of q or k. Rows past n are zero, up to the whole chunk.
+// Rows of q or k that lie as a tile by row does.
+template <class Plan, class Rows>
+auto rows_in_place(const Rows& rows) {
+  using T = LinearTypes<Plan>;
+  using E = std::remove_cvref_t<decltype(*rows.base)>;
+  const typename T::M* none = nullptr;
+  if constexpr (__is_same(E, typename T::M) && T::kD == T::kDPitch) {
+    return rows.col == 1 && rows.stride == T::kDPitch ? rows.base : none;
+  } else {
+    return none;
+  }
+}
+
+// Tiles of q or k; meanwhile the rows `ahead` are fetched. Rows past n are zero, up to the whole
+// chunk.
 template <class Plan, class Rows>
 __attribute__((noinline)) void tile_by_row(const Rows& rows, int n,
-                                           typename LinearTypes<Plan>::M* dst) {
+                                           typename LinearTypes<Plan>::M* dst,
+                                           const LinearAhead& ahead = {}) {
   using T = LinearTypes<Plan>;
+  ahead.fetch(0, T::kChunk);
   pack_rows<typename T::Acc, typename T::M, T::kD>(dst, rows, rows.col, n, T::kChunk, NoMod{});
 }
 template <class Plan, class Rows>
 __attribute__((noinline)) void tile_over_tokens(const Rows& rows, int n,
-                                                typename LinearTypes<Plan>::M* dst) {
+                                                typename LinearTypes<Plan>::M* dst,
+                                                const LinearAhead& ahead = {}) {
   using T = LinearTypes<Plan>;
-  pack_by_row<typename T::Acc, typename T::M, T::kD>(dst, rows, rows.col, n, T::kChunk, NoMod{});
+  if constexpr (T::kPair == 1) {
+    tile_by_row<Plan>(rows, n, dst, ahead);
+  } else {
+    for (int i = 0; i < T::kChunk; i += 2) {
+      ahead.fetch(i, 2);
+      const int live = n - i < 0 ? 0 : n - i < 2 ? n - i : 2;
+      const auto* even = rows(live > 0 ? i : 0);
+      const auto* odd = rows(live > 1 ? i + 1 : 0);
+      for (int d = 0; d < T::kDPitch; d += T::W) {
+        const int count = T::kD - d < T::W ? T::kD - d : T::W;
+        const auto x =
+            load_lanes<typename T::Acc>(even + d * rows.col, rows.col, live > 0 ? count : 0);
+        const auto y =
+            load_lanes<typename T::Acc>(odd + d * rows.col, rows.col, live > 1 ? count : 0);
+        store_pairs(dst + int64_t(i) * T::kDPitch + 2 * d, x, y);
+      }
+    }
+  }
 }
 // The same as accumulators; `dst` may be the rows themselves.
 template <class Plan, class Rows>
@@ -47,9 +81,52 @@ __attribute__((noinline)) void tile_sums(const Rows& rows, int n,
 // Columns of whole vectors past n are not written, nor read by lower_product.
 template <class Plan, class Rows>
 __attribute__((noinline)) void tile_by_channel(const Rows& rows, int n,
-                                               typename LinearTypes<Plan>::M* dst) {
+                                               typename LinearTypes<Plan>::M* dst,
+                                               const LinearAhead& ahead = {}) {
   using T = LinearTypes<Plan>;
-  pack_by_column<typename T::Acc, typename T::M, T::kD>(dst, rows, rows.col, n, T::kChunk, NoMod{});
+  using Acc = typename T::Acc;
+  using E = std::remove_cvref_t<decltype(*rows.base)>;
+  using Unit = Vector<decltype(mask_element<Acc>()), T::W>;
+  constexpr int W = T::W, kPair = T::kPair;
+  for (int i = 0; i < n; i += W) {
+    ahead.fetch(i, W);
+    for (int u = 0; u < T::kDSteps; u += W) {
+      Unit block[W];
+      const E* from = rows(i) + u * kPair * rows.col;
+      auto* to = dst + (int64_t(u) * T::kChunk + i) * kPair;
+      if ((__is_same(E, typename T::M) || kPair == 1) && rows.col == 1 && i + W <= n &&
+          (u + W) * kPair <= T::kD) {
+#pragma GCC unroll 16
+        for (int r = 0; r < W; ++r) {
+          if constexpr (kPair == 1) {
+            block[r] = (Unit)load_widened<Acc>(from + r * rows.stride);
+          } else {
+            block[r] = load_vector<Unit>(from + r * rows.stride);
+          }
+        }
+        transpose<1>(block);
+#pragma GCC unroll 16
+        for (int c = 0; c < W; ++c) {
+          store_vector(to + int64_t(c) * T::kChunk * kPair, block[c]);
+        }
+        continue;
+      }
+      for (int r = 0; r < W; ++r) {
+        typename T::M part[W * kPair];
+        for (int h = 0; h < kPair; ++h) {
+          const int left = i + r < n ? T::kD - u * kPair - h * W : 0;
+          const int count = left < 0 ? 0 : left < W ? left : W;
+          const E* row = i + r < n ? from + r * rows.stride : from;
+          store_multiply(part + h * W, load_lanes<Acc>(row + h * W * rows.col, rows.col, count));
+        }
+        block[r] = load_vector<Unit>(part);
+      }
+      transpose<1>(block);
+      for (int c = 0; c < W && u + c < T::kDSteps; ++c) {
+        store_vector(to + int64_t(c) * T::kChunk * kPair, block[c]);
+      }
+    }
+  }
 }
 
 // The raw products x_t . k_s of all s of t's 16-token block and of those before, [C][C]; what lies

@@ -4,11 +4,24 @@
 
 namespace ae {
 
-// kRows x (kRegs W) of O. q by row, s [..][N] as a B operand, m [kChunk][kChunk], v over tokens.
-template <class T, int kRows, int kRegs>
+// Sums as they are, or as elements of the output.
+template <class T, class Out, class V>
+AE_INLINE void store_result(Out* to, V x) {
+  if constexpr (__is_same(Out, typename T::Acc)) {
+    store_vector(to, x);
+  } else if constexpr (__is_same(Out, typename T::M)) {
+    store_multiply(to, x);
+  } else {
+    store_narrowed<Out, typename T::Acc>(to, x);
+  }
+}
+
+// kRows x (kRegs W) of O, `pitch` elements between rows. q by row, s [..][N] as a B operand, m
+// [kChunk][kChunk], v over tokens.
+template <class T, int kRows, int kRegs, class Out>
 AE_INLINE void output_block(int64_t q_steps, const typename T::M* q, const typename T::M* s,
                             const typename T::Acc* factor, int64_t m_steps, const typename T::M* m,
-                            const typename T::M* v, typename T::Acc* o) {
+                            const typename T::M* v, Out* o, int64_t pitch) {
   using Step = GemmStep<typename T::Acc, typename T::M>;
   using V = typename Step::V;
   constexpr int N = T::kPanel, W = T::W, kPair = T::kPair;
@@ -37,23 +50,23 @@ AE_INLINE void output_block(int64_t q_steps, const typename T::M* q, const typen
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < kRegs; ++j) store_vector(o + i * N + j * W, sum[i][j]);
+    for (int j = 0; j < kRegs; ++j) store_result<T>(o + i * pitch + j * W, sum[i][j]);
   }
 }
 
 // n rows of kRegs W columns. Rows of M end at the diagonal: 0 beyond, which is not multiplied
 // further than these rows go. `products` false: without M V.
-template <class T, int kRegs>
+template <class T, int kRegs, class Out>
 __attribute__((noinline)) void output_panel(int n, int64_t q_steps, const typename T::M* q,
                                             const typename T::M* s, const typename T::Acc* factor,
                                             bool products, const typename T::M* m,
-                                            const typename T::M* v, typename T::Acc* o) {
+                                            const typename T::M* v, Out* o, int64_t pitch) {
   int i = 0;
   const auto rows = [&]<int kRows>() {
     for (; i + kRows <= n; i += kRows) {
       const int64_t steps = products ? (i + kRows + T::kPair - 1) / T::kPair : 0;
       output_block<T, kRows, kRegs>(q_steps, q + i * int64_t(T::kDPitch), s, factor + i, steps,
-                                    m + i * int64_t(T::kChunk), v, o + i * int64_t(T::kPanel));
+                                    m + i * int64_t(T::kChunk), v, o + i * pitch, pitch);
     }
   };
   rows.template operator()<kGemmRows>();
@@ -63,19 +76,19 @@ __attribute__((noinline)) void output_panel(int n, int64_t q_steps, const typena
 }
 
 // All columns of a panel.
-template <class T>
+template <class T, class Out>
 void output_rows(int n, int64_t q_steps, const typename T::M* q, const typename T::M* s,
                  const typename T::Acc* factor, bool products, const typename T::M* m,
-                 const typename T::M* v, typename T::Acc* o) {
+                 const typename T::M* v, Out* o, int64_t pitch) {
   constexpr int kColumns = kGemmRegs * T::W, kRest = T::kPanel % kColumns / T::W;
   int j = 0;
   for (; j + kColumns <= T::kPanel; j += kColumns) {
-    output_panel<T, kGemmRegs>(n, q_steps, q, s + j * T::kPair, factor, products, m,
-                               v + j * T::kPair, o + j);
+    output_panel<T, kGemmRegs, Out>(n, q_steps, q, s + j * T::kPair, factor, products, m,
+                                    v + j * T::kPair, o + j, pitch);
   }
   if constexpr (kRest > 0) {
-    output_panel<T, kRest>(n, q_steps, q, s + j * T::kPair, factor, products, m, v + j * T::kPair,
-                           o + j);
+    output_panel<T, kRest, Out>(n, q_steps, q, s + j * T::kPair, factor, products, m,
+                                v + j * T::kPair, o + j, pitch);
   }
 }
 
@@ -100,13 +113,14 @@ __attribute__((noinline)) void add_by_rows(int n, const typename T::M* m, const 
 template <class T, class Rows>
 __attribute__((noinline)) bool pack_values(const Rows& rows, int n, int width,
                                            const typename T::Acc* f, typename T::M* v,
-                                           typename T::M* left) {
+                                           typename T::M* left, const LinearAhead& ahead) {
   using Acc = typename T::Acc;
   using V = typename T::V;
   constexpr int N = T::kPanel, W = T::W, kPair = T::kPair;
   V seen{};
   for (int i = 0; i < n; i += kPair) {
     const bool pair = i + kPair <= n;
+    ahead.fetch(i, kPair);
     const auto *even = rows(i), *odd = rows(pair ? i + kPair - 1 : i);
     const Acc f0 = left != nullptr ? f[i] : Acc(1),
               f1 = left != nullptr && pair ? f[i + kPair - 1] : Acc(1);

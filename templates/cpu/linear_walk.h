@@ -53,7 +53,8 @@ class LinearWalk {
   const LinearTask task_;
   char* const scratch_;
   Acc *states_, *sums_z_;
-  bool fresh_, keep_;  // the state is zero; somebody reads it after this chunk
+  bool fresh_, keep_;                      // the state is zero; somebody reads it after this chunk
+  const M *q_rows_, *k_rows_, *k_tokens_;  // tiles by row, and k over tokens
 
   // Of the head in work.
   Gates gates_;
@@ -113,21 +114,39 @@ class LinearWalk {
   // ---- a chunk ----
   void chunk(int64_t t, int n) {
     LinearAt where{task_.b, task_.hk, task_.head, t, n};
+    const LinearAt next = following(where);
     Acc *q_stage = at<Acc>(kAt.q_stage), *k_stage = at<Acc>(kAt.k_stage);
     const auto q = in_.q(where, q_stage);
     const auto k = in_.k(where, k_stage);
+    const LinearAhead q_ahead = in_.raw_q(next).ahead(next.n, T::kD);
+    const LinearAhead k_ahead = in_.raw_k(next).ahead(next.n, T::kD);
     if constexpr (T::kChannel) {
       tile_sums<Plan>(q, n, q_stage);
       tile_sums<Plan>(k, n, k_stage);
+      q_rows_ = at<M>(kAt.q), k_rows_ = at<M>(kAt.k);
     } else {
-      M *q_tile = at<M>(kAt.q), *k_channels = at<M>(kAt.k_channels);
-      tile_by_row<Plan>(q, n, q_tile);
-      tile_by_channel<Plan>(k, n, k_channels);
-      if (keep_ || kDelta) tile_over_tokens<Plan>(k, n, at<M>(kAt.k_tokens));
-      lower_product<Plan>(q_tile, k_channels, n, at<Acc>(kAt.products));
+      M* k_channels = at<M>(kAt.k_channels);
+      tile_by_channel<Plan>(k, n, k_channels, k_ahead);
+      const bool update = keep_, rows = kDelta;
+      k_rows_ = k_tokens_ = rows_in_place<Plan>(k);
+      if (T::kPair == 2 ? update : k_tokens_ == nullptr && (update || rows)) {
+        tile_over_tokens<Plan>(k, n, at<M>(kAt.k_tokens), q_ahead);
+        k_tokens_ = at<M>(kAt.k_tokens);
+      } else {
+        q_ahead.fetch(0, C);
+      }
+      q_rows_ = rows_in_place<Plan>(q);
+      if (q_rows_ == nullptr) {
+        tile_by_row<Plan>(q, n, at<M>(kAt.q));
+        q_rows_ = at<M>(kAt.q);
+      }
+      lower_product<Plan>(q_rows_, k_channels, n, at<Acc>(kAt.products));
       if constexpr (kDelta) {
-        if (kAt.k != kAt.k_tokens) tile_by_row<Plan>(k, n, at<M>(kAt.k));
-        lower_product<Plan>(at<M>(kAt.k), k_channels, n, at<Acc>(kAt.key_products));
+        if (k_rows_ == nullptr) {
+          if (T::kPair == 2) tile_by_row<Plan>(k, n, at<M>(kAt.k));
+          k_rows_ = T::kPair == 2 ? at<M>(kAt.k) : k_tokens_;
+        }
+        lower_product<Plan>(k_rows_, k_channels, n, at<Acc>(kAt.key_products));
       }
     }
     for (int64_t i = 0; i < task_.heads; ++i) {
@@ -138,6 +157,14 @@ class LinearWalk {
         columns(where, panel, state(i, panel));
       }
     }
+  }
+
+  // The next chunk; without tokens at the end.
+  LinearAt following(LinearAt a) const {
+    a.t += a.n;
+    const int64_t left = task_.first + task_.length - a.t;
+    a.n = int(left < C ? left : C);
+    return a;
   }
 
   // Decays, M, and A of one head.
@@ -195,7 +222,7 @@ class LinearWalk {
     constexpr Acc kLeast = Acc(1e-6);
     Acc* sum = z(head);
     for (int t = 0; t < where.n; ++t) {
-      const M* q = at<M>(kAt.q) + int64_t(t) * kPitch;
+      const M* q = q_rows_ + int64_t(t) * kPitch;
       V dot{};
       for (int d = 0; d < kPitch; d += W) {
         dot += load_widened<Acc>(q + d) * load_vector<V>(sum + d);
@@ -242,18 +269,29 @@ class LinearWalk {
     M *v = at<M>(kAt.v), *left = T::kScalar && keep_ ? at<M>(kAt.v_left) : nullptr;
     const M* s = packed(state);
     const auto rows = in_.v(where, column, width, at<Acc>(kAt.v_stage), N);
+    const LinearAt next = following(where);
+    const LinearAhead ahead = in_.raw_v(next, column).ahead(next.n, width);
     bool bad;
     if constexpr (kDelta) {
+      ahead.fetch(0, C);
       bad = solve(rows, n, width, s, v, left);
     } else {
-      bad = pack_values<T>(rows, n, width, gates_.f, v, left);
+      bad = pack_values<T>(rows, n, width, gates_.f, v, left, ahead);
     }
-    Acc* sums = at<Acc>(kAt.sums);
     const M* m = at<M>(kAt.weights);
-    output_rows<T>(n, fresh_ ? 0 : T::kDSteps, at<M>(kAt.q), s, factor_, !bad, m, v, sums);
-    if (bad) add_by_rows<T>(n, m, v, sums);
+    const int64_t q_steps = fresh_ ? 0 : T::kDSteps;
+    const int64_t* to = p_.out_stride;
+    Elem* out =
+        (Elem*)p_.out + where.b * to[0] + where.h * to[1] + where.t * to[2] + column * to[3];
+    if (!kNormalizer && !Fn::kHasOutMod && !bad && to[3] == 1 && width == N) {
+      output_rows<T>(n, q_steps, q_rows_, s, factor_, true, m, v, out, to[2]);
+    } else {
+      Acc* sums = at<Acc>(kAt.sums);
+      output_rows<T>(n, q_steps, q_rows_, s, factor_, !bad, m, v, sums, N);
+      if (bad) add_by_rows<T>(n, m, v, sums);
+      finish(where, column, width, sums, out);
+    }
     if (keep_) update(n, T::kScalar ? left : v, state);
-    finish(where, column, width, sums);
   }
 
   const M* packed(const Acc* state) const {
@@ -270,30 +308,31 @@ class LinearWalk {
   template <class Rows>
   bool solve(const Rows& rows, int n, int width, const M* s, M* v, M* left) {
     Acc *right = at<Acc>(kAt.right), *solved = at<Acc>(kAt.solved), *minus = at<Acc>(kAt.minus);
+    right_sides(rows, n, width, s, right);
+    solve_unit_lower<Acc, C, N>(minus, at<Acc>(kAt.inverse), n, right, solved);
+    V seen{};
+    for (int i = 0; i < n * N; i += W) seen += load_vector<V>(solved + i) * Acc(0);
+    const bool bad = hsum(seen) != 0;
+    if (bad) {
+      right_sides(rows, n, width, s, right);
+      solve_by_rows<Acc, C, N>(minus, n, right, solved);
+    }
+    pack_sums<Acc, M, N>(v, solved, n, [](int) { return Acc(1); });
+    if (left != nullptr) {
+      pack_sums<Acc, M, N>(left, solved, n, [this](int i) { return gates_.f[i]; });
+    }
+    return bad;
+  }
+  // beta (v - e k S).
+  template <class Rows>
+  __attribute__((noinline)) void right_sides(const Rows& rows, int n, int width, const M* s,
+                                             Acc* right) const {
     if (fresh_) {
       __builtin_memset(right, 0, sizeof(Acc) * uint64_t(n) * N);
     } else {
-      gemm<Acc, M, N, GemmMode::kOverwrite>(n, T::kDSteps, at<M>(kAt.k), kPitch, T::kPair, s, N,
-                                            right, N);
+      gemm<Acc, M, N, GemmMode::kOverwrite>(n, T::kDSteps, k_rows_, kPitch, T::kPair, s, N, right,
+                                            N);
     }
-    bool bad = subtract(rows, n, width, right);
-    if (bad) {
-      solve_by_rows<Acc, C, N>(minus, n, right, solved);
-    } else {
-      solve_unit_lower<Acc, C, N>(minus, at<Acc>(kAt.inverse), n, right, solved);
-    }
-    V seen{};
-    for (int i = 0; i < n * N; i += W) seen += load_vector<V>(solved + i) * Acc(0);
-    bad = hsum(seen) != 0;
-    pack_sums<Acc, M, N>(v, solved, n, [](int) { return Acc(1); });
-    if (left != nullptr)
-      pack_sums<Acc, M, N>(left, solved, n, [this](int i) { return gates_.f[i]; });
-    return bad;
-  }
-  // right = beta (v - e right).
-  template <class Rows>
-  bool subtract(const Rows& rows, int n, int width, Acc* right) const {
-    V seen{};
     for (int t = 0; t < n; ++t) {
       const auto* from = rows(t);
       const Acc e = T::kScalar ? gates_.e[t] : Acc(1);
@@ -301,12 +340,9 @@ class LinearWalk {
         const int count = width - j < W ? (width - j < 0 ? 0 : width - j) : W;
         Acc* to = right + int64_t(t) * N + j;
         const V x = load_lanes<Acc>(from + j * rows.col, rows.col, count);
-        const V r = (x - load_vector<V>(to) * e) * beta_[t];
-        seen += r * Acc(0);
-        store_vector(to, r);
+        store_vector(to, (x - load_vector<V>(to) * e) * beta_[t]);
       }
     }
-    return hsum(seen) != 0;
   }
 
   // The state after the chunk: rows decayed, plus k^T v.
@@ -317,16 +353,15 @@ class LinearWalk {
                                         state, N, decay_);
     } else {
       constexpr auto kMode = T::kScalar ? GemmMode::kScale : GemmMode::kAccumulate;
-      gemm<Acc, M, N, kMode>(T::kD, (n + T::kPair - 1) / T::kPair, at<M>(kAt.k_tokens), T::kPair,
+      gemm<Acc, M, N, kMode>(T::kD, (n + T::kPair - 1) / T::kPair, k_tokens_, T::kPair,
                              T::kPair * kPitch, v, N, state, N, decay_);
     }
   }
 
   // Output rows as the caller wants them.
   __attribute__((noinline)) void finish(const LinearAt& where, int column, int width,
-                                        const Acc* sums) const {
+                                        const Acc* sums, Elem* out) const {
     const int64_t* s = p_.out_stride;
-    Elem* out = (Elem*)p_.out + where.b * s[0] + where.h * s[1] + where.t * s[2] + column * s[3];
     HookAt at{where.b, where.h, where.t, column, W};
     for (int t = 0; t < where.n; ++t, ++at.t, out += s[2]) {
       for (int j = 0; j < width; j += W) {
@@ -338,20 +373,13 @@ class LinearWalk {
           x = Fn::out_mod(in_.env(), at, x);
         }
         if (s[3] == 1 && count == W) {
-          store_lanes(out + j, x);
+          store_result<T>(out + j, x);
         } else {
           Elem copy[W];
-          store_lanes(copy, x);
+          store_result<T>(copy, x);
           for (int i = 0; i < count; ++i) out[(j + i) * s[3]] = copy[i];
         }
       }
-    }
-  }
-  static AE_INLINE void store_lanes(Elem* to, V x) {
-    if constexpr (__is_same(M, Elem)) {
-      store_multiply(to, x);
-    } else {
-      store_narrowed<Elem, Acc>(to, x);
     }
   }
 };

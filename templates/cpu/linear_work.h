@@ -63,12 +63,30 @@ struct LinearAt {
   int n;
 };
 
+// Rows of an operand that come next: fetched meanwhile, since a chunk is too short a run for the
+// hardware to foresee.
+struct LinearAhead {
+  const char* base = nullptr;
+  int64_t stride = 0;  // bytes
+  int rows = 0, bytes = 0;
+  AE_INLINE void fetch(int first, int count) const {
+    for (int i = first; i < first + count && i < rows; ++i) {
+      for (int at = 0; at < bytes; at += 64) __builtin_prefetch(base + i * stride + at, 0, 2);
+    }
+  }
+};
+
 // Rows of an operand, elements of type E.
 template <class E>
 struct LinearRows {
   const E* base;
   int64_t stride, col;
   AE_INLINE const E* operator()(int64_t i) const { return base + i * stride; }
+  // `width` elements of each of n rows, where they lie together.
+  LinearAhead ahead(int n, int width) const {
+    if (col != 1) return {};
+    return {(const char*)base, stride * int64_t(sizeof(E)), n, int(width * sizeof(E))};
+  }
 };
 
 }  // namespace ae
