@@ -18,7 +18,7 @@ from ..serialize import FORMAT, _expect, _Invalid, _Reader, with_isa
 from .elementwise import SIZES
 from .request import LinearRequest
 from .spec import HOOKS
-from .trace import TracedLinear
+from .trace import TracedLinear, canonical
 
 __all__ = ["Meaning", "dump", "is_program", "load", "with_isa"]
 _START = '{"attnengine_linear":'
@@ -46,15 +46,16 @@ def is_program(key: str) -> bool:
 
 
 def dump(traced: TracedLinear) -> str:
-    """The text of a traced spec; ``traced`` must not have been derived yet, which adds nodes."""
-    nodes = [[n.op, n.dtype, [a.id for a in n.args], *n.attr] for n in traced.graph.nodes()]
+    """The text of a traced spec."""
+    graph, hooks = canonical(traced.hooks)
+    nodes = [[n.op, n.dtype, [a.id for a in n.args], *n.attr] for n in graph.nodes()]
     data = {
         _LinearReader.family: FORMAT,
         **asdict(traced.request),
         "captures": [[DTYPE_NAMES[t.dtype], t.dim(), t.requires_grad] for t in traced.captures],
         "pins": traced.pins,
         "nodes": nodes,
-        "hooks": {name: node.id for name, node in traced.hooks.items()},
+        "hooks": {name: node.id for name, node in hooks.items()},
     }
     return json.dumps(data, separators=(",", ":"))
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import TraceError
-from ..ir import Graph, Node, walk
+from ..ir import Graph, Node, text, walk
 from ..pullback import Pullback
 from ..trace import Tracer
 from . import elementwise
@@ -147,9 +147,19 @@ def trace_linear(
         hooks[name] = node
         for i in read:
             pins["Hk" if i == 1 and name in ("q_mod", "k_mod") else _AXES[i]] = shape[i]
-    graph, hooks = canonical(hooks)
     tensors = tuple(tr.captured_tensors())
-    return TracedLinear(request, graph, hooks, tensors, tuple(tr.used), pins)
+    # Calls of other sizes are often traced anew, and mean the same: they are derived once.
+    meaning = text(hooks), request, tuple((t.dtype, t.requires_grad) for t in tensors)
+    if meaning not in _known:
+        while len(_known) >= _MOST_KNOWN:
+            del _known[next(iter(_known))]
+        _known[meaning] = (*canonical(hooks), {})
+    graph, known, derived = _known[meaning]
+    return TracedLinear(request, graph, known, tensors, tuple(tr.used), pins, derived)
+
+
+_MOST_KNOWN = 256
+_known: dict[tuple, tuple[Graph, dict[str, Node], dict[str, HookPullback | str]]] = {}
 
 
 def canonical(hooks: Mapping[str, Node]) -> tuple[Graph, dict[str, Node]]:

@@ -381,6 +381,20 @@ def test_pins() -> None:
     assert t.fits((7, 1, H, 99)) and not t.fits((2, 2, 8, L))
 
 
+def test_equal_meanings_are_derived_once() -> None:
+    """Of calls whose sizes differ; but not where other tensors require gradients."""
+    made = []
+    for n in (5, 9):
+        w = leaf(n, DV, seed=n)
+        t = traced(shapes=(2, 1, 4, n), v_mod=lambda x, w=w: x * torch.sigmoid(w))
+        assert t.captures[0] is w and t.pins == {"L": n}
+        made.append(t.gradients()["v_mod"].dx)
+    assert made[0] is made[1]
+    fixed = torch.randn(5, DV)
+    t = traced(shapes=(2, 1, 4, 5), v_mod=lambda x: x * torch.sigmoid(fixed))
+    assert t.gradients()["v_mod"].dx is not made[0] and not t.hook_grads
+
+
 def test_tracing_computes_no_data() -> None:
     shapes = (64, 64, 64, 1 << 24)  # 8 TB
     t = trace_linear(Spec(q_mod=lambda x: F.elu(x) + 1), request(), shapes)
@@ -397,6 +411,8 @@ def test_serialized(name: str) -> None:
     t = trace_linear(*make(), SHAPES)
     text = serialize.dump(t)
     assert serialize.is_program(text)
+    t.gradients()
+    assert serialize.dump(t) == text  # derivatives are no part of it
     meaning = serialize.load(text)
     assert meaning.isa is None and serialize.load(serialize.with_isa(text, "avx2")).isa == "avx2"
     assert meaning.traced.pins == t.pins and serialize.dump(meaning.traced) == text
