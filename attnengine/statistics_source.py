@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .arch import CPU
 from .emit import ELEMENT
 from .ir import DTYPE_NAMES
 
@@ -19,17 +20,16 @@ class StatisticsPlan:
     """What a unit is compiled for.
 
     ``tile``: tokens between a head's sums and the softmax over the heads; whole vectors of tokens
-    on every instruction set. ``wave_bytes``: of w that the phases of a launch read again, which
-    should lie in the last-level cache: a fraction of the 32 MB that cores of servers share, since
-    y is written beside it. ``task_bytes``: the same of one task, in half a core's L2 of 1 MB.
+    on every instruction set. ``cache_bytes``, ``core_bytes``: of the last-level cache, as cores of
+    servers share it, and of a core's own; where a launch reads w again is chosen by them.
     """
 
     kind: str  # "forward" or "backward"
     element: torch.dtype
     head_dim: int
     tile: int = 16
-    wave_bytes: int = 8 << 20
-    task_bytes: int = 512 << 10
+    cache_bytes: int = 32 << 20
+    core_bytes: int = CPU["portable"].l2_bytes
 
     @property
     def label(self) -> str:
@@ -47,8 +47,8 @@ def statistics_source(plan: StatisticsPlan) -> str:
         f"  using Elem = {ELEMENT[DTYPE_NAMES[plan.element]]};",
         f"  using Acc = {accumulator};",
         f"  static constexpr int kD = {plan.head_dim}, kTile = {plan.tile};",
-        f"  static constexpr int64_t kWaveBytes = {plan.wave_bytes};",
-        f"  static constexpr int64_t kTaskBytes = {plan.task_bytes};",
+        f"  static constexpr int64_t kCacheBytes = {plan.cache_bytes};",
+        f"  static constexpr int64_t kCoreBytes = {plan.core_bytes};",
     ]
     key = hashlib.sha256("\n".join(body).encode()).hexdigest()[:32]
     body += [

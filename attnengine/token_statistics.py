@@ -63,7 +63,7 @@ def token_statistics_attention(
 
     Sums are in float32, float64 for float64, in one order: the bits do not depend on the number of
     threads. A causal call with sequences for every thread reads w once; others read it three times,
-    in pieces of 8 MB that caches hold. Beside y, a call takes a few percent of w as scratch; with a
+    in pieces that caches hold where sequences are short enough. Beside y, a call takes a few percent of w as scratch; with a
     gradient it keeps 4 (N / 64) h (2d + 80) bytes. Gradients for w, temp and denom_bias, once.
 
     Raises:

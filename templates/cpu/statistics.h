@@ -7,7 +7,7 @@
 // once, they round alike wherever they are called.
 #pragma once
 #include "common/statistics_abi.h"
-#include "cpu/math.h"
+#include "cpu/element.h"
 #include "cpu/memory.h"
 #include "cpu/module.h"
 
@@ -40,6 +40,25 @@ AE_INLINE V positive_reciprocal(V x) {
   } else {
     return ElemOf<V>(1) / x;
   }
+}
+
+// A store that does not read the line that it overwrites: stream_fence() before another thread
+// reads it.
+template <class V>
+AE_INLINE void stream_vector(void* to, V x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512((__m512i*)to, (__m512i)x);
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) return _mm256_stream_si256((__m256i*)to, (__m256i)x);
+  if constexpr (sizeof(V) == 16) return _mm_stream_si128((__m128i*)to, (__m128i)x);
+#endif
+  store_vector(to, x);
+}
+AE_INLINE void stream_fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
 }
 
 template <Vec V, int... I>
@@ -81,12 +100,23 @@ struct ChannelGroup {
     }
     return load_widened<A>(from);
   }
-  AE_INLINE void store(E* row, int v, V x) const {
+  // Brings the group's part of a row, which may be past the end of the operand, into the L2.
+  AE_INLINE void prefetch(const E* row) const {
+    for (int v = 0; v < kCount; ++v) {
+      if (v * W * int(sizeof(E)) % 64 == 0) __builtin_prefetch(row + first + v * W, 0, 2);
+    }
+  }
+  // stream: past the caches, to an address that is whole vectors from 0.
+  AE_INLINE void store(E* row, int v, V x, bool stream) const {
     E* to = row + first + v * W;
     if (partial(v)) {
       E some[W];
       store_narrowed<E, A>(some, x);
       __builtin_memcpy(to, some, kTail * sizeof(E));
+    } else if (stream) {
+      alignas(64) E some[W];
+      store_narrowed<E, A>(some, x);
+      stream_vector(to, load_vector<Vector<Raw<E>, W>>(some));
     } else {
       store_narrowed<E, A>(to, x);
     }
@@ -114,9 +144,10 @@ struct Tokens {
   E* data;  // of head 0, token 0
   int64_t head, token;
   int count;
+  bool stream = false;
   AE_INLINE E* at(int64_t h, int t) const { return data + h * head + t * token; }
   Tokens from(int t, int limit) const {
-    return {data + t * token, head, token, count - t < limit ? count - t : limit};
+    return {data + t * token, head, token, count - t < limit ? count - t : limit, stream};
   }
 };
 
@@ -150,6 +181,7 @@ struct Statistics {
         V sum[g.kCount];
         for (int v = 0; v < g.kCount; ++v) sum[v] = g.load_sum(row, v);
         for (int t = 0; t < w.count; ++t) {
+          g.prefetch(w.at(h, t + kTile));
           for (int v = 0; v < g.kCount; ++v) {
             const V x = g.load(w.at(h, t), v);
             sum[v] = fused(x, x, sum[v]);
@@ -206,6 +238,7 @@ struct Statistics {
         }
         for (int t = 0; t < w.count; ++t) {
           V sum = sums[t];
+          g.prefetch(w.at(h, t + kTile));
           for (int v = 0; v < g.kCount; ++v) {
             const V x = g.load(w.at(h, t), v);
             s[v] = fused(x, x, s[v]);
@@ -230,6 +263,7 @@ struct Statistics {
         for (int v = 0; v < g.kCount; ++v) factor[v] = g.load_sum(inverse + h * kRow + kC, v);
         for (int t = 0; t < w.count; ++t) {
           V sum = sums[t];
+          g.prefetch(w.at(h, t + kTile));
           for (int v = 0; v < g.kCount; ++v) {
             const V x = g.load(w.at(h, t), v);
             sum = fused(x * x, factor[v], sum);
@@ -288,7 +322,8 @@ struct Statistics {
           for (int v = 0; v < g.kCount; ++v) {
             const V x = g.load(w.at(h, t), v);
             s[v] = fused(x * x, pi, s[v]);
-            g.store(y.at(h, t), v, x * (f * positive_reciprocal(V(d + (base[v] + s[v])))));
+            const V rate = positive_reciprocal(V(d + (base[v] + s[v])));
+            g.store(y.at(h, t), v, x * (f * rate), y.stream);
           }
         }
         for (int v = 0; v < g.kCount; ++v) g.store_sum(row, v, s[v]);
@@ -304,9 +339,10 @@ struct Statistics {
         V gate[g.kCount];
         for (int v = 0; v < g.kCount; ++v) gate[v] = g.load_sum(gates + h * kRow + kA, v);
         for (int t = 0; t < w.count; ++t) {
+          g.prefetch(w.at(h, t + kTile));
           const V pi = splat<V>(weights[h * kBlock + t]);
           for (int v = 0; v < g.kCount; ++v) {
-            g.store(y.at(h, t), v, g.load(w.at(h, t), v) * (pi * gate[v]));
+            g.store(y.at(h, t), v, g.load(w.at(h, t), v) * (pi * gate[v]), y.stream);
           }
         }
       });

@@ -48,7 +48,7 @@ class StatisticsBackward : StatisticsWork<Plan> {
       } else {
         scan();
       }
-    } else if (this->by_small_sequence()) {
+    } else if (this->by_whole_sequence(kOperands)) {
       tasks(p.sequences, [&](int64_t i, int32_t worker) { whole(i, Scratch(*this, worker)); });
     } else {
       this->waves_of_sequences(kOperands, [&](int64_t begin, int64_t end) { phases(begin, end); });
@@ -78,7 +78,7 @@ class StatisticsBackward : StatisticsWork<Plan> {
 
   In w_of(const Block& b) const { return this->template tokens<const E>(p.w, p.w_stride, b); }
   In g_of(const Block& b) const { return this->template tokens<const E>(p.dy, p.dy_stride, b); }
-  Out dw_of(const Block& b) const { return this->template tokens<E>(p.dw, p.dw_stride, b); }
+  Out dw_of(const Block& b) const { return this->result(p.dw, p.dw_stride, b); }
   const A* temp() const { return static_cast<const A*>(p.temp); }
   const A* logits_of(const Block& b) const {
     return static_cast<const A*>(p.logits) + b.row * table_elements;
@@ -227,8 +227,7 @@ class StatisticsBackward : StatisticsWork<Plan> {
     const int64_t* first_block = this->first_block();
     const int64_t first = this->sequence_at(begin), last = this->sequence_at(end - 1);
     A* kept = part(sequences_at_);  // what the first sequence of a wave leaves to the one before
-    tasks((last - first + 1) * H, [&](int64_t n, int32_t) {
-      const int64_t i = first + n / H, h = n % H;
+    this->sums(first, last + 1, end - begin, [&](int64_t i, int64_t h) {
       const int64_t from = first_block[i] > begin ? first_block[i] : begin;
       const int64_t to = first_block[i + 1] < end ? first_block[i + 1] : end;
       if (from == to) return;
@@ -261,7 +260,9 @@ class StatisticsBackward : StatisticsWork<Plan> {
     A* row = row_of_block(b);
     this->clear(row);
     weigh(b, s.weights);
-    G::add_products(w_of(b), g_of(b), H, s.weights, row);
+    for (int t = 0; t < b.count; t += kTile) {
+      G::add_products(w_of(b).from(t, kTile), g_of(b).from(t, kTile), H, s.weights + t, row);
+    }
   }
   void sum_products(int64_t i, int64_t h) const {
     const A* sums = statistics_of(i) + h * kRow;
@@ -312,8 +313,10 @@ class StatisticsBackward : StatisticsWork<Plan> {
   }
   void gradient(const Block& b, const Scratch& s) const {
     weigh(b, s.weights);
-    G::plain_gradient(w_of(b), g_of(b), H, s.weights, dr_of(b, s), factors_of(b.sequence, 0),
-                      dw_of(b));
+    for (int t = 0; t < b.count; t += kTile) {
+      G::plain_gradient(w_of(b).from(t, kTile), g_of(b).from(t, kTile), H, s.weights + t,
+                        dr_of(b, s) + t, factors_of(b.sequence, 0), dw_of(b).from(t, kTile));
+    }
   }
 
   void whole(int64_t i, const Scratch& s) const {
@@ -330,13 +333,10 @@ class StatisticsBackward : StatisticsWork<Plan> {
       tasks(blocks,
             [&](int64_t n, int32_t worker) { phase(block(first + n), Scratch(*this, worker)); });
     };
-    const auto every_head = [&](const auto& sum) {
-      tasks((end - begin) * H, [&](int64_t n, int32_t) { sum(begin + n / H, n % H); });
-    };
     every_block([&](const Block& b, const Scratch& s) { products(b, s); });
-    every_head([&](int64_t i, int64_t h) { sum_products(i, h); });
+    this->sums(begin, end, blocks, [&](int64_t i, int64_t h) { sum_products(i, h); });
     every_block([&](const Block& b, const Scratch& s) { slopes(b, s); });
-    every_head([&](int64_t i, int64_t h) { sum_slopes(i, h); });
+    this->sums(begin, end, blocks, [&](int64_t i, int64_t h) { sum_slopes(i, h); });
     every_block([&](const Block& b, const Scratch& s) { gradient(b, s); });
   }
 

@@ -6,7 +6,7 @@
 //     using Acc = float;                // double for fp64
 //     static constexpr int kD = 64;     // channels of a head
 //     static constexpr int kTile = 16;  // tokens between a head's sums and the softmax over heads
-//     static constexpr int64_t kWaveBytes = ..., kTaskBytes = ...;  // statistics_work.h
+//     static constexpr int64_t kCacheBytes = ..., kCoreBytes = ...;  // last-level cache, L2
 //     static constexpr const char* kKey = "...";
 //   };
 //
@@ -53,7 +53,7 @@ class StatisticsForward : StatisticsWork<Plan> {
       } else {
         scan();
       }
-    } else if (this->by_small_sequence()) {
+    } else if (this->by_whole_sequence(1)) {
       tasks(p.sequences, [&](int64_t i, int32_t worker) { whole(i, Scratch(*this, worker)); });
     } else {
       this->waves_of_sequences(1, [&](int64_t begin, int64_t end) { phases(begin, end); });
@@ -73,7 +73,7 @@ class StatisticsForward : StatisticsWork<Plan> {
   };
 
   In w_of(const Block& b) const { return this->template tokens<const E>(p.w, p.w_stride, b); }
-  Out y_of(const Block& b) const { return this->template tokens<E>(p.y, p.y_stride, b); }
+  Out y_of(const Block& b) const { return this->result(p.y, p.y_stride, b); }
   const A* temp() const { return static_cast<const A*>(p.temp); }
 
   A* weights_of(const Block& b) const { return part(weights_at_) + b.row * table_elements; }
@@ -116,6 +116,12 @@ class StatisticsForward : StatisticsWork<Plan> {
     constexpr int64_t kN = kWidth<kColumn>;
     if (to == nullptr) return;
     for (int64_t k = 0; k < kN; ++k) to[(i * H + h) * kN + k] = row[kColumn + k];
+  }
+
+  void add_squares(const Block& b) const {
+    A* row = row_of_block(b);
+    this->clear(row);
+    for (int t = 0; t < b.count; t += kTile) S::add_squares(w_of(b).from(t, kTile), H, row);
   }
 
   // -- causal ------------------------------------------------------------------------------------
@@ -172,8 +178,7 @@ class StatisticsForward : StatisticsWork<Plan> {
       const int64_t end = begin + wave < this->blocks_ ? begin + wave : this->blocks_;
       tasks(end - begin, [&](int64_t n, int32_t) {
         const Block b = block(begin + n);
-        this->clear(row_of_block(b));
-        S::add_squares(w_of(b), H, row_of_block(b));
+        add_squares(b);
       });
       carry<S::kC, S::kA>(begin, end);
       tasks(end - begin, [&](int64_t n, int32_t worker) {
@@ -217,8 +222,7 @@ class StatisticsForward : StatisticsWork<Plan> {
     const int64_t* first_block = this->first_block();
     const int64_t first = this->sequence_at(begin), last = this->sequence_at(end - 1);
     A* kept = part(sequences_at_);  // what the last sequence of a wave leaves to the next
-    tasks((last - first + 1) * H, [&](int64_t n, int32_t) {
-      const int64_t i = first + n / H, h = n % H;
+    this->sums(first, last + 1, end - begin, [&](int64_t i, int64_t h) {
       const int64_t from = first_block[i] > begin ? first_block[i] : begin;
       const int64_t to = first_block[i + 1] < end ? first_block[i + 1] : end;
       if (from == to) return;
@@ -265,11 +269,6 @@ class StatisticsForward : StatisticsWork<Plan> {
   }
 
   // -- not causal --------------------------------------------------------------------------------
-  void squares(const Block& b) const {
-    A* row = row_of_block(b);
-    this->clear(row);
-    S::add_squares(w_of(b), H, row);
-  }
   void sum_squares(int64_t i, int64_t h) const {
     A *sums = sums_of(i) + h * kRow, *factors = factors_of(i) + h * kRow;
     __builtin_memset(sums, 0, kRow * sizeof(A));
@@ -307,12 +306,15 @@ class StatisticsForward : StatisticsWork<Plan> {
     }
   }
   void output(const Block& b) const {
-    S::plain_output(w_of(b), H, weights_of(b), factors_of(b.sequence), y_of(b));
+    const A *weights = weights_of(b), *factors = factors_of(b.sequence);
+    for (int t = 0; t < b.count; t += kTile) {
+      S::plain_output(w_of(b).from(t, kTile), H, weights + t, factors, y_of(b).from(t, kTile));
+    }
   }
 
   void whole(int64_t i, const Scratch& s) const {
     const int64_t blocks = this->blocks_of(i);
-    for (int64_t j = 0; j < blocks; ++j) squares(this->block_in(i, j));
+    for (int64_t j = 0; j < blocks; ++j) add_squares(this->block_in(i, j));
     for (int64_t h = 0; h < H; ++h) sum_squares(i, h);
     for (int64_t j = 0; j < blocks; ++j) weigh_plain(this->block_in(i, j), s);
     for (int64_t h = 0; h < H; ++h) sum_weighted(i, h);
@@ -321,12 +323,12 @@ class StatisticsForward : StatisticsWork<Plan> {
   void phases(int64_t begin, int64_t end) const {
     const int64_t* first_block = this->first_block();
     const int64_t first = first_block[begin], blocks = first_block[end] - first;
-    tasks(blocks, [&](int64_t n, int32_t) { squares(block(first + n)); });
-    tasks((end - begin) * H, [&](int64_t n, int32_t) { sum_squares(begin + n / H, n % H); });
+    tasks(blocks, [&](int64_t n, int32_t) { add_squares(block(first + n)); });
+    this->sums(begin, end, blocks, [&](int64_t i, int64_t h) { sum_squares(i, h); });
     tasks(blocks, [&](int64_t n, int32_t worker) {
       weigh_plain(block(first + n), Scratch(*this, worker));
     });
-    tasks((end - begin) * H, [&](int64_t n, int32_t) { sum_weighted(begin + n / H, n % H); });
+    this->sums(begin, end, blocks, [&](int64_t i, int64_t h) { sum_weighted(i, h); });
     tasks(blocks, [&](int64_t n, int32_t) { output(block(first + n)); });
   }
 

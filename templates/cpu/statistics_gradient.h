@@ -51,7 +51,7 @@ struct StatisticsGradient : Statistics<Plan> {
   }
 
   // -- not causal --------------------------------------------------------------------------------
-  // local.A += g w pi, over a block.
+  // local.A += g w pi, over a tile.
   static __attribute__((noinline)) void add_products(const In& w, const In& g, int64_t H,
                                                      const A* weights, A* local) {
     for (int64_t h = 0; h < H; ++h) {
@@ -61,6 +61,8 @@ struct StatisticsGradient : Statistics<Plan> {
         V sum[group.kCount];
         for (int v = 0; v < group.kCount; ++v) sum[v] = group.load_sum(row, v);
         for (int t = 0; t < w.count; ++t) {
+          group.prefetch(w.at(h, t + kTile));
+          group.prefetch(g.at(h, t + kTile));
           const V pi = splat<V>(weight[t]);
           for (int v = 0; v < group.kCount; ++v) {
             const V x = group.load(w.at(h, t), v), y = group.load(g.at(h, t), v);
@@ -93,6 +95,8 @@ struct StatisticsGradient : Statistics<Plan> {
           share[v] = group.load_sum(row + Factors::kShare, v);
         }
         for (int t = 0; t < w.count; ++t) {
+          group.prefetch(w.at(h, t + kTile));
+          group.prefetch(g.at(h, t + kTile));
           V sum = sums[t];
           for (int v = 0; v < group.kCount; ++v) {
             const V x = group.load(w.at(h, t), v), y = group.load(g.at(h, t), v);
@@ -107,7 +111,7 @@ struct StatisticsGradient : Statistics<Plan> {
     }
   }
 
-  // dw of a block.
+  // dw of a tile.
   static __attribute__((noinline)) void plain_gradient(const In& w, const In& g, int64_t H,
                                                        const A* weights, const A* dr,
                                                        const A* factors, const Out& dw) {
@@ -122,11 +126,13 @@ struct StatisticsGradient : Statistics<Plan> {
           mean[v] = A(-2) * group.load_sum(row + Factors::kMean, v);
         }
         for (int t = 0; t < w.count; ++t) {
+          group.prefetch(w.at(h, t + kTile));
+          group.prefetch(g.at(h, t + kTile));
           const V pi = splat<V>(weights[h * kBlock + t]), slope = splat<V>(dr[h * kBlock + t]);
           for (int v = 0; v < group.kCount; ++v) {
             const V x = group.load(w.at(h, t), v), y = group.load(g.at(h, t), v);
             const V du = fused(pi, share[v], fused(slope, inverse[v], mean[v]));
-            group.store(dw.at(h, t), v, V(fused(x, du, V(y * (pi * gate[v])))));
+            group.store(dw.at(h, t), v, V(fused(x, du, V(y * (pi * gate[v])))), dw.stream);
           }
         }
       });
@@ -250,7 +256,7 @@ struct StatisticsGradient : Statistics<Plan> {
             if constexpr (kWrite) {
               const V du = fused(slope, inverses[t][v], V(-(base[v] + s[v])));
               const V known = group.load_sum(partial + (h * kTile + t) * kColumns, v);
-              group.store(dw.at(h, t), v, V(fused(V(A(2) * x), du, known)));
+              group.store(dw.at(h, t), v, V(fused(V(A(2) * x), du, known)), dw.stream);
             }
           }
         }

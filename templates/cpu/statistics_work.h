@@ -31,9 +31,11 @@ class StatisticsWork {
   using V = typename S::V;
   static constexpr int kBlock = S::kBlock, kTile = S::kTile, kRow = S::kRow;
 
-  // Bytes of w that the phases of a wave read again: a share of the last-level cache, with room for
-  // what is written. Of a sequence that one task walks phase by phase: a share of its L2.
-  static constexpr int64_t kWaveBytes = Plan::kWaveBytes, kTaskBytes = Plan::kTaskBytes;
+  // What phases read again: of a wave a quarter of the last-level cache, beside which its results
+  // are written; of a sequence that one task walks phase by phase, half of the core's own.
+  static constexpr int64_t kWaveBytes = Plan::kCacheBytes / 4, kTaskBytes = Plan::kCoreBytes / 2;
+  static constexpr int64_t kSerialSums = 1
+                                         << 17;  // additions, 20 us: less than a start of the pool
 
   struct Block {
     int64_t sequence, index, row, start;  // start: token of the sequence
@@ -80,14 +82,25 @@ class StatisticsWork {
     T* at = static_cast<T*>(const_cast<void*>(data)) + batch * stride[0] + token * stride[2];
     return {at, stride[1], stride[2], b.count};
   }
+  // Of a result: past the caches when they cannot hold it anyway.
+  Tokens<E> result(void* data, const int64_t* stride, const Block& b) const {
+    Tokens<E> t = tokens<E>(data, stride, b);
+    constexpr int64_t kVector = S::W * int64_t(sizeof(E)), kElements = S::W;
+    t.stream = 2 * tokens_ * token_bytes() >= Plan::kCacheBytes && int64_t(data) % kVector == 0;
+    for (int d = 0; d < 3; ++d) t.stream = t.stream && stride[d] % kElements == 0;
+    return t;
+  }
 
   // Whether one worker for each sequence keeps them all busy.
   bool by_sequence() const {
     return p.threads == 1 || double(longest_) * p.threads <= 1.25 * double(tokens_);
   }
-  // The same for phases that one worker runs: what it reads again must lie in its L2.
-  bool by_small_sequence() const {
-    return by_sequence() && (p.threads == 1 || longest_ * token_bytes() <= kTaskBytes);
+  // The same for phases that one worker runs one after the other, reading w again: from its own
+  // cache, from the shared one, or from memory where sequences are too long for that anyway.
+  bool by_whole_sequence(int64_t operands) const {
+    const int64_t bytes = longest_ * token_bytes() * operands;
+    return by_sequence() && (bytes <= kTaskBytes || bytes * p.threads <= Plan::kCacheBytes ||
+                             2 * bytes >= Plan::kCacheBytes);
   }
 
   // Calls body(begin, end) for waves of sequences.
@@ -119,8 +132,16 @@ class StatisticsWork {
   void tasks(int64_t n, const Task& task) const {
     const auto call = [](void* arg, int64_t index, int32_t worker) {
       (*static_cast<const Task*>(arg))(index, worker);
+      stream_fence();
     };
     if (n > 0) parallel_for_(n, p.threads, call, const_cast<Task*>(&task));
+  }
+  // sum(sequence, head) for every head of the sequences [begin, end): sums over their blocks.
+  template <class Sum>
+  void sums(int64_t begin, int64_t end, int64_t blocks, const Sum& sum) const {
+    const auto task = [&](int64_t n, int32_t) { sum(begin + n / H, n % H); };
+    if (blocks * row_elements > kSerialSums) return tasks((end - begin) * H, task);
+    for (int64_t n = 0; n < (end - begin) * H; ++n) task(n, 0);
   }
   const int64_t* first_block() const {
     return reinterpret_cast<const int64_t*>(base_ + first_block_at_);
