@@ -81,22 +81,26 @@ class CudaArch:
     registers: int  # of all its threads
     threads: int
     schedulers: int  # each issues one instruction of a warp per cycle
+    multiprocessors: int  # of the GPU that is meant where none is at hand
 
 
 # Sources: CUDA programming guide, tables of compute capabilities 8.x and of arithmetic throughput;
 # the share of the L2 cache is the A100's measured 4.4 TB/s, and the 3090's 2.2 TB/s. Memory: sm_80
-# serves 9.0 too, so the H200's 4.8 TB/s (the A100's 2.0 TB/s is 13), and the 3090's 936 GB/s.
+# serves 9.0 too, so the H200's 4.8 TB/s (the A100's 2.0 TB/s is 13), and the 3090's 936 GB/s; SMs
+# are those two's.
 CUDA: dict[str, CudaArch] = {
     "sm_80": CudaArch(
         "sm_80", "sm_80", tensor_fma=1024.0, fma=64.0, exp=16.0, shared_bytes_per_cycle=128.0,
         l2_bytes_per_cycle=29.0, dram_bytes_per_cycle=20.0, shared_bytes=164 << 10,
         shared_bytes_of_block=163 << 10, registers=65536, threads=2048, schedulers=4,
+        multiprocessors=132,
     ),
     # 8.6, 8.9 and 12.x: half the tensor rate with fp32 sums, and less shared memory.
     "sm_86": CudaArch(
         "sm_86", "sm_80", tensor_fma=512.0, fma=128.0, exp=16.0, shared_bytes_per_cycle=128.0,
         l2_bytes_per_cycle=15.0, dram_bytes_per_cycle=6.5, shared_bytes=100 << 10,
         shared_bytes_of_block=99 << 10, registers=65536, threads=1536, schedulers=4,
+        multiprocessors=82,
     ),
 }  # fmt: skip
 SHARED_RESERVED = 1 << 10  # bytes of shared memory that the system takes of each block

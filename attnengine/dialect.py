@@ -232,7 +232,7 @@ class Registers(Dialect):
         if plan.sequences:
             manifest |= {
                 "sequences": True, "slot_bytes": plan.slot_bytes, "tile_cycles": plan.tile_cycles,
-                "shared_kv": plan.shared_kv,
+                "shared_kv": plan.shared_kv, "crowded": plan.crowded,
             }  # fmt: skip
         return [
             title(plan, key),

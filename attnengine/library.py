@@ -63,7 +63,7 @@ class CudaLaunch:
     heads of one key head share a tile of rows; bit i of ``mask_captures`` says that the mask reads
     captured tensor i. ``sequences``: it serves sequences of any lengths; ``slot_bytes`` of a part
     of a result, 0 where keys are never split; ``tile_cycles``, predicted, of a tile of keys;
-    ``shared_kv``: v is the first columns of k.
+    ``shared_kv``: v is the first columns of k; ``crowded`` outputs per worker are not split.
     """
 
     threads: int
@@ -76,6 +76,7 @@ class CudaLaunch:
     slot_bytes: int = 0
     tile_cycles: int = 0
     shared_kv: bool = False
+    crowded: int = 0
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ _CUDA_FIELDS = (
     *("block_m", "block_n", "pack_group", "threads", "shared_bytes"),
 )
 # Of kernels of sequences alone.
-_SEQUENCE_FIELDS = ("sequences", "slot_bytes", "tile_cycles", "shared_kv")
+_SEQUENCE_FIELDS = ("sequences", "slot_bytes", "tile_cycles", "shared_kv", "crowded")
 
 # Of linear attention alone.
 _LINEAR_FIELDS = ("state_bytes", "split_bytes")

@@ -93,6 +93,8 @@ class Plan:
     sequences: bool = False  # rows and keys are those of ae_params.sequences
     slot_bytes: int = 0  # of a partial result; 0: an output's keys are never split
     tile_cycles: int = 0  # of one tile of keys, for the choice of the schedule at each launch
+    crowded: int = 0  # outputs per worker from which none is split
+    blocks: int = 0  # thread blocks of an SM at a time, estimated
 
     @property
     def bf16_dot(self) -> bool:

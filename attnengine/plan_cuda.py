@@ -37,6 +37,9 @@ STATIC_SHARED = 3 << 10  # bytes of a block besides: classes of tiles, factors o
 MOST_HELD = 32  # registers of Q as operands: beyond, shared memory is read as fast as it is used
 LIVE_KEYS = 1024  # of a row, for estimates
 DECODE_KEYS = 8192  # of a row in a cache
+# Outputs per worker from which keys are not split: kCrowded of common/policy.h. Tiles of many rows
+# come longest first under a causal mask, which balances them as soon as there is one per worker.
+CROWDED, CROWDED_ROWS = 32, 1
 LATENCY = 900.0  # cycles from the start of a copy to its end
 # What reading operands costs beyond its bytes: FlashAttention-2 loses 18 to 28 % with 8 warps of 16
 # rows where 4 warps of 32 fit.
@@ -230,7 +233,7 @@ def _candidate(
     else:
         cost = _cost(key, traced, arch, *shape)
     merges = traced.row.merged is not None
-    slot = slot_bytes(dv, block_m, len(traced.row.init)) if decode and merges else 0
+    slot = slot_bytes(dv, block_m, len(traced.row.init)) if sequences and merges else 0
     dp, dvp = _round(d, 16), _round(dv, 16)
     tensors = (
         Tensor("Q", block_m, d, "shared", 2 * block_m * pitch(d)),
@@ -264,7 +267,11 @@ def _candidate(
         flying = blocks * (stages - 1) * 2 * block_n * (dp + (0 if shared_kv else dvp))
         reasons += (
             f"{flying} bytes of K and V on their way to an SM, {IN_FLIGHT} keep the memory busy",
-            "few outputs or ragged lengths: keys are split and merged, as each launch finds cheaper"
+        )
+    if sequences:
+        few = "few outputs or ragged lengths" if decode else "fewer outputs than thread blocks"
+        reasons += (
+            f"{few}: keys are split and merged, as each launch finds cheaper"
             if merges else "no merge(): an output's keys are never split",
         )  # fmt: skip
     return Plan(
@@ -276,7 +283,8 @@ def _candidate(
         column_warps=columns, shared_kv=shared_kv,
         sequences=sequences, slot_bytes=slot,
         # A block has its share of the SM: the price is of all of them together.
-        tile_cycles=math.ceil(cost.total * block_m * block_n / 1000 * blocks) if decode else 0,
+        tile_cycles=math.ceil(cost.total * block_m * block_n / 1000 * blocks) if slot else 0,
+        crowded=(CROWDED if decode else CROWDED_ROWS) if slot else 0, blocks=blocks,
     )  # fmt: skip
 
 

@@ -7,16 +7,18 @@ same code is asked, for people and for tests. docs/scheduling.md explains the po
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from .library import DTYPE_CODES, host, kernel_info
+from .plan import Plan
 
 POLICIES = ("tiles", "split", "stream-K")  # of SchedulePolicy, in its order
 MOST_SPLITS = 128
+CROWDED = 32  # outputs per worker: kCrowded of policy.h
 
 Numbers = npt.NDArray[np.int64]
 
@@ -178,14 +180,113 @@ def choose(
 
 
 def choose_bounded(
-    outputs: int, most_tiles: int, slots: int, costs: PolicyCosts, can_merge: bool = True
+    outputs: int,
+    most_tiles: int,
+    slots: int,
+    costs: PolicyCosts,
+    can_merge: bool = True,
+    count: float = 0.0,
+    crowded: int = CROWDED,
 ) -> PolicyChoice:
     """The choice where the host does not know the lengths: ``outputs`` of at most ``most_tiles``.
-    Its costs compare the policies on lengths of half of that."""
+
+    Its costs compare the policies on lengths of half of that, of which one has all. ``count``: of
+    counting the tiles of all outputs on the device, which stream-K needs; from ``crowded`` outputs
+    per worker on, none is split."""
     policy, splits, workers, quick = host.choose_policy_bounded(
-        outputs, most_tiles, slots, can_merge, astuple(costs)
+        outputs, most_tiles, slots, can_merge, astuple(costs), count, crowded
     )
     return PolicyChoice(POLICIES[policy], splits, workers, tuple(quick))
+
+
+def device_costs(tile_cycles: int, slot_bytes: int) -> tuple[PolicyCosts, float]:
+    """What the launcher of CUDA kernels prices with, and ``count`` of :func:`choose_bounded`:
+    cycles of an SM, for a plan's ``tile_cycles`` and ``slot_bytes``. Estimates."""
+    costs, count = host.device_costs(tile_cycles, slot_bytes)
+    return PolicyCosts(*costs), count
+
+
+@dataclass(frozen=True)
+class DeviceSchedule:
+    """How a CUDA launch shares the work of a call on a cache. It knows bounds alone, for lengths
+    lie on the device: ``choice`` follows from them, in cycles. Printed, it says what was chosen,
+    why, and what that makes of the lengths that were given, without a mask."""
+
+    target: str
+    multiprocessors: int
+    blocks: int  #: thread blocks of an SM at a time
+    rows: int  #: of an output, at most
+    tile_keys: int
+    most_tiles: int  #: of an output
+    made: Schedule  #: of the given lengths, by the choice
+    count: float
+
+    @property
+    def choice(self) -> PolicyChoice:
+        return self.made.choice
+
+    def __str__(self) -> str:
+        made, choice = self.made, self.made.choice
+        lines = [
+            f"an output: {self.rows} rows of a head of K and V; a tile: {self.tile_keys} keys",
+            f"{made.outputs} outputs of at most {self.most_tiles} tiles, {made.slots} workers at a "
+            f"time: {self.blocks} thread blocks on each of {self.multiprocessors} SMs",
+        ]
+        if not made.can_merge:
+            return "\n".join(
+                [*lines, "  tiles: the row function has no merge, so outputs stay whole"]
+            )
+        lines.append("predicted from these bounds, by estimated costs:")
+        for name, cycles in zip(POLICIES, choice.cost, strict=True):
+            mark = "->" if name == choice.policy else "  "
+            said = "not considered" if np.isinf(cycles) else f"{cycles:.0f} cycles"
+            lines.append(f"  {mark} {name}: {said}{made._detail() if mark == '->' else ''}")
+        if made.ideal:
+            args = made.prefix, made.slots, made.costs
+            cycles = cost(choice.policy, *args, workers=choice.workers, splits=choice.splits)
+            cycles += self.count if choice.policy == "stream-K" else 0.0
+            known = choose(*args)
+            best = known.cost[POLICIES.index(known.policy)]
+            lines.append(
+                f"these lengths: {cycles:.0f} cycles, {cycles / made.ideal:.2f}x of the tiles "
+                f"spread evenly; {known.policy} would take {best:.0f} if the host knew them"
+            )
+        return "\n".join(lines)
+
+
+def device_schedule(
+    plan: Plan,
+    lengths: Sequence[int],
+    heads: tuple[int, int],
+    rows: int,
+    capacity: int,
+    multiprocessors: int,
+) -> DeviceSchedule:
+    """What a launch of a CUDA kernel for caches does with ``rows`` queries of each sequence, on
+    caches of ``capacity`` keys that hold ``lengths``. Raises ValueError for a length beyond it."""
+    hq, hkv = heads
+    packed = hq // hkv if plan.pack_group else 1
+    slots = plan.blocks * multiprocessors
+    costs, count = device_costs(plan.tile_cycles, plan.slot_bytes)
+    sizes = {"rows_per_tile": plan.block_m, "block_n": plan.block_n, "slots": slots}
+    given = schedule(
+        lengths,
+        heads=hq // packed,
+        rows=rows * packed,
+        costs=costs,
+        can_merge=plan.split_kv,
+        **sizes,
+    )
+    if max(lengths, default=0) > capacity:
+        raise ValueError(f"lengths has {max(lengths)}: the cache holds {capacity} keys")
+    most = -(-capacity // plan.block_n)
+    choice = choose_bounded(
+        given.outputs, most, slots, costs, plan.split_kv, count, plan.crowded or CROWDED
+    )
+    return DeviceSchedule(
+        plan.target, multiprocessors, plan.blocks, min(plan.block_m, rows * packed), plan.block_n,
+        most, replace(given, choice=choice), count,
+    )  # fmt: skip
 
 
 def schedule(

@@ -31,6 +31,7 @@ DIM = 128  # of K and of V; 16-bit elements
 BANDWIDTH = 0.9 * 4.8e12  # bytes/s: what copies reach of an H200's memory
 PROLOGUE = 1e-6  # s of a segment: Q, the first K and V, the end of O
 COMBINE = 3e-6  # s: the launch of a small kernel
+COUNT = 3e-6  # s: the same, before stream-K where the device alone knows the lengths
 HEADS = ((32, 8), (28, 4), (64, 8), (32, 32))  # of queries, of keys
 BATCHES = (1, 2, 4, 8, 16, 32)
 CONTEXTS = tuple(1 << p for p in range(13, 19))  # 8k to 256k keys
@@ -182,7 +183,9 @@ def measure_cell(cell: Cell, costs: PolicyCosts) -> Found:
     flash = flash_splits(outputs, int(np.diff(prefix).max()))
     splits = best_split(prefix, costs)
     auto = schedule.choose(prefix, SMS, costs)
-    blind = schedule.choose_bounded(outputs, most_tiles, SMS, costs)
+    counting = COUNT if costs.combine else 0.0
+    blind = schedule.choose_bounded(outputs, most_tiles, SMS, costs, count=counting)
+    launched = counting / ideal if blind.policy == "stream-K" else 0.0
     return Found(
         name=cell.name,
         tiles_per_sm=round(float(prefix[-1]) / SMS, 2),
@@ -194,8 +197,8 @@ def measure_cell(cell: Cell, costs: PolicyCosts) -> Found:
         stream_k=relative("stream-K", SMS, 1),
         auto=relative(auto.policy, auto.workers, auto.splits),
         choice=auto.policy + (f" {auto.splits}" if auto.policy == "split" else ""),
-        blind=relative(blind.policy, blind.workers, blind.splits),
-        blind_choice=blind.policy,
+        blind=round(relative(blind.policy, blind.workers, blind.splits) + launched, 4),
+        blind_choice=blind.policy + (f" {blind.splits}" if blind.policy == "split" else ""),
     )
 
 

@@ -23,11 +23,8 @@ constexpr int64_t kMaxParamBytes = 32764;  // of a kernel's parameters, from com
 constexpr int64_t kMaxBlocks = std::numeric_limits<int32_t>::max();  // of a grid's x dimension
 constexpr int64_t kTableBlocks = 1 << 16;  // enough for every device; blocks take several units
 constexpr unsigned int kTableThreads = 128;
-constexpr unsigned int kScheduleThreads = 128, kCombineThreads = 128;
+constexpr unsigned int kScheduleThreads = 512, kCombineThreads = 128;
 constexpr int64_t kCombineRows = kCombineThreads / 32;  // of a thread block: a warp each
-// In cycles: a segment loads Q and fills its ring before the first product; a part is written to
-// and read from the L2 cache; ae_schedule and ae_combine are two launches more, of 2 to 3 us each.
-constexpr double kSegmentCycles = 2500, kBytesPerCycle = 16, kCombineCycles = 8000;
 constexpr int64_t kAlignment = 64;
 // Results that a call gives when a kernel launched before has failed: AE_CU_LAUNCH_FAILED and its
 // kin, from illegal addresses on.
@@ -104,7 +101,9 @@ class Launcher {
     }
     const ae_cuda_info& info = kernel_.info();
     const bool split = params_.policy() != kTiles;
-    if (split) launch("ae_schedule", functions_.schedule, 1, kScheduleThreads, 0);
+    if (params_.policy() == kStreamK) {
+      launch("ae_schedule", functions_.schedule, 1, kScheduleThreads, 0);
+    }
     launch("ae_forward", functions_.forward, params_.forward_blocks(),
            static_cast<unsigned int>(info.threads), static_cast<unsigned int>(info.shared_bytes));
     if (split) {
@@ -282,9 +281,9 @@ void CudaParams::share_work(const CudaKernel& kernel, const CudaFunctions& funct
   if (info.slot_bytes == 0) return;
   const int64_t most_tiles = (p.S + info.block_n - 1) / info.block_n;
   const int64_t slots = int64_t{functions.blocks} * functions.device->multiprocessors;
-  const PolicyCosts costs = {double(info.tile_cycles), kSegmentCycles,
-                             2 * info.slot_bytes / kBytesPerCycle, kCombineCycles};
-  PolicyChoice choice = choose_policy_bounded(outputs_, most_tiles, slots, true, costs);
+  const DeviceCosts costs = device_costs(info.tile_cycles, info.slot_bytes);
+  PolicyChoice choice = choose_policy_bounded(outputs_, most_tiles, slots, true, costs.policy,
+                                              costs.count, info.crowded);
   const ForcedSchedule forced = forced_schedule.load(std::memory_order_relaxed);
   if (forced.policy >= 0) {
     choice.policy = forced.policy;
@@ -298,8 +297,11 @@ void CudaParams::share_work(const CudaKernel& kernel, const CudaFunctions& funct
   work.workers = choice.workers;
   if (choice.policy == kTiles) return;
   forward_blocks_ = choice.policy == kSplit ? outputs_ * choice.splits : choice.workers;
-  prefix_at_ = aligned(workspace_bytes_);
-  parts_at_ = aligned(prefix_at_ + (outputs_ + 1) * int64_t{sizeof(int64_t)});
+  parts_at_ = aligned(workspace_bytes_);
+  if (choice.policy == kStreamK) {  // parts of a split find their tiles by themselves
+    prefix_at_ = parts_at_;
+    parts_at_ = aligned(prefix_at_ + (outputs_ + 1) * int64_t{sizeof(int64_t)});
+  }
   workspace_bytes_ = parts_at_ + info.slot_bytes * Schedule::slots(choice.policy, outputs_,
                                                                    choice.workers, choice.splits);
 }
@@ -309,13 +311,12 @@ int32_t CudaParams::policy() const {
 }
 
 void CudaParams::place(void* workspace) {
-  if (prefix_at_ >= 0) {
-    auto& work = *reinterpret_cast<WorkParams*>(data_ + work_at(slots_));
-    work.prefix = reinterpret_cast<int64_t*>(static_cast<char*>(workspace) + prefix_at_);
-    work.slots = reinterpret_cast<float*>(static_cast<char*>(workspace) + parts_at_);
-  }
+  auto& work = *reinterpret_cast<WorkParams*>(data_ + work_at(slots_));
+  char* const memory = static_cast<char*>(workspace);
+  if (prefix_at_ >= 0) work.prefix = reinterpret_cast<int64_t*>(memory + prefix_at_);
+  if (parts_at_ >= 0) work.slots = reinterpret_cast<float*>(memory + parts_at_);
   auto* tables = reinterpret_cast<BlockTable*>(data_ + tables_at(slots_));
-  auto* keys = static_cast<char*>(workspace);
+  char* keys = memory;
   for (int32_t i = 0; i < params().capture_count; ++i) {
     if (tables[i].rows == 0) continue;
     tables[i].keys = keys;

@@ -57,7 +57,7 @@ class CudaParams {
   static constexpr int64_t kInlineBytes = 2048;  // eight captured tensors
 
   int64_t workspace_bytes_ = 0, table_blocks_ = 0, bytes_, slots_;
-  int64_t prefix_at_ = -1, parts_at_ = 0;  // in the workspace; -1: work is not split
+  int64_t prefix_at_ = -1, parts_at_ = -1;  // in the workspace; -1: there are none
   int64_t outputs_ = 0, forward_blocks_ = 0;
   char* data_;
   std::unique_ptr<char[]> more_;

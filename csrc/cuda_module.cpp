@@ -12,7 +12,7 @@ namespace ae {
 namespace {
 
 constexpr int32_t kDefaultSharedBytes = 48 << 10;  // more needs FuncSetAttribute
-constexpr int32_t kTableThreads = 128, kScheduleThreads = 128, kCombineThreads = 128;
+constexpr int32_t kTableThreads = 128, kScheduleThreads = 512, kCombineThreads = 128;
 
 std::string sm(int32_t capability) { return "sm_" + std::to_string(capability); }
 

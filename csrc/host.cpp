@@ -128,6 +128,7 @@ int32_t load_cuda_kernel(const std::string& ptx, const std::string& cubin, const
   info.slot_bytes = small("slot_bytes");
   info.tile_cycles = small("tile_cycles");
   info.shared_kv = small("shared_kv");
+  info.crowded = small("crowded");
   info.state_bytes = small("state_bytes");
   info.split_bytes = small("split_bytes");
   const Signature signature(captures);
@@ -182,6 +183,7 @@ py::dict kernel_info(int64_t id) {
     launch["slot_bytes"] = cuda->slot_bytes;
     launch["tile_cycles"] = cuda->tile_cycles;
     launch["shared_kv"] = cuda->shared_kv != 0;
+    launch["crowded"] = cuda->crowded;
     d["cuda"] = launch;
   }
   return d;

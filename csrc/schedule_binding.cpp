@@ -101,10 +101,17 @@ Choice choose(const Numbers& prefix, int64_t slots, bool can_merge, const Costs&
 }
 
 Choice choose_bounded(int64_t outputs, int64_t most_tiles, int64_t slots, bool can_merge,
-                      const Costs& costs) {
+                      const Costs& costs, double count, int64_t crowded) {
   require_positive("slots", slots);
   if (outputs < 0 || most_tiles < 0) refuse("outputs and most_tiles: not negative");
-  return as_tuple(choose_policy_bounded(outputs, most_tiles, slots, can_merge, check_costs(costs)));
+  if (!(count >= 0)) refuse("count: not negative");
+  return as_tuple(choose_policy_bounded(outputs, most_tiles, slots, can_merge, check_costs(costs),
+                                        count, crowded));
+}
+
+std::pair<Costs, double> costs_of_device(int64_t tile_cycles, int64_t slot_bytes) {
+  const DeviceCosts c = device_costs(tile_cycles, slot_bytes);
+  return {{c.policy.tile, c.policy.segment, c.policy.part, c.policy.combine}, c.count};
 }
 
 double cost(int32_t policy, const Numbers& prefix, int64_t workers, int32_t splits, int64_t slots,
@@ -134,8 +141,10 @@ void bind_schedule(py::module_& m) {
         "(policy, splits, workers, predicted makespan of each policy); costs: (tile, segment, "
         "part, combine).");
   m.def("choose_policy_bounded", &choose_bounded, py::arg("outputs"), py::arg("most_tiles"),
-        py::arg("slots"), py::arg("can_merge"), py::arg("costs"),
-        "The same for lengths that the host does not know.");
+        py::arg("slots"), py::arg("can_merge"), py::arg("costs"), py::arg("count"),
+        py::arg("crowded"), "The same for lengths that the host does not know.");
+  m.def("device_costs", &costs_of_device, py::arg("tile_cycles"), py::arg("slot_bytes"),
+        "(costs, count) of a CUDA launch, in cycles of an SM.");
   m.def("policy_cost", &cost, py::arg("policy"), py::arg("prefix"), py::arg("workers"),
         py::arg("splits"), py::arg("slots"), py::arg("costs"),
         "Predicted makespan of one schedule on `slots` workers at a time, nothing left out.");

@@ -285,32 +285,77 @@ AE_HD inline PolicyChoice choose_policy(int64_t outputs, const int64_t* prefix, 
 
 // Where lengths are on the device (a launch that must not wait, a CUDA graph that is replayed with
 // other lengths): only the number of outputs and the most tiles that one can have are known. The
-// lengths are taken as half of that on average, so that
+// lengths are taken as half of that on average, and one as all of it, so that
 //   tiles    = the mean load, half an output that the last workers stand alone with, and another
 //              for a longest output of twice the mean.
-//   stream-K = the mean load, two segments and a part per worker, and the combine step.
-// Stream-K where that is less by more than a tie, which is nearly always: in the model of `python
-// -m bench schedule` a worker per output takes 1.5 to 2.4 times as long at one output per slot, of
-// uniform lengths, 1.06 to 1.14 times at 8, and 1.3 times there for 1k to 128k keys; stream-K is
-// never slower by 1 %. From kCrowded outputs per slot on, 2 to 8 % are left to win, and outputs
-// stay whole.
+//   split    = a part of the longest, where all parts run at once, and its merging.
+//   stream-K = the mean load, two segments and two parts per worker, the merging of the longest,
+//              and `count`: before workers know where they begin, somebody counts the tiles of all
+//              outputs.
+// Stream-K is nearly always less than a worker per output: in the model of `python -m bench
+// schedule` that one takes 1.5 to 2.4 times as long at one output per slot, of uniform
+// lengths, 1.06 to 1.14 times at 8, and 1.3 times there for 1k to 128k keys; stream-K is never
+// slower by 1 %. From `crowded` outputs per slot on, 2 to 8 % are left to win, and outputs stay
+// whole. A split pays for short lengths, where counting takes longer than what it saves.
 constexpr int64_t kCrowded = 32;
+
 AE_HD inline PolicyChoice choose_policy_bounded(int64_t outputs, int64_t most_tiles, int64_t slots,
-                                                bool can_merge, const PolicyCosts& costs) {
+                                                bool can_merge, const PolicyCosts& costs,
+                                                double count = 0, int64_t crowded = kCrowded) {
   using policy::kNever;
   const int64_t workers = slots > 1 ? slots : 1;
   const double mean = double(most_tiles) / 2 * costs.tile;
-  const double load = double(outputs) * (mean + costs.segment) / double(workers);
+  const double work = double(outputs) * (mean + costs.segment), load = work / double(workers);
   PolicyChoice choice{kTiles, 1, outputs, {kNever, kNever, kNever}};
   choice.cost[kTiles] = load < mean ? 2 * mean : load + 1.5 * mean;
-  if (!can_merge) return choice;
-  choice.cost[kStreamK] = load + costs.segment + 2 * costs.part + costs.combine;
-  if (outputs < kCrowded * workers && workers > 1 && most_tiles > 1 &&
-      choice.cost[kStreamK] < choice.cost[kTiles] * policy::kTie) {
+  if (!can_merge || outputs >= crowded * workers || outputs == 0 || workers == 1 ||
+      most_tiles < 2) {
+    return choice;
+  }
+  int64_t streaming = 0;
+  for (int64_t w = policy::least(workers, outputs * most_tiles); w > 0; w /= 2) {
+    // The longest output has twice the tiles of the mean, and so twice its share of the workers.
+    const int64_t deepest = policy::least(1 + 2 * w / outputs, most_tiles);
+    const double cost = work / double(w) + costs.segment + costs.part * (1 + double(deepest) / 2) +
+                        costs.combine + count;
+    if (cost >= choice.cost[kStreamK]) break;  // fewer workers have less to merge, and more to do
+    choice.cost[kStreamK] = cost;
+    streaming = w;
+  }
+  int32_t splits = 1;
+  const int64_t one_wave = policy::least(workers / outputs, policy::kMostSplits);
+  for (int64_t s = 2; s <= one_wave && s <= most_tiles; ++s) {
+    const int64_t tiles = most_tiles / s + (most_tiles % s != 0);
+    const double cost =
+        double(tiles) * costs.tile + costs.segment + costs.part / 2 * double(1 + s) + costs.combine;
+    if (cost >= choice.cost[kSplit]) continue;
+    choice.cost[kSplit] = cost;
+    splits = int32_t(s);
+  }
+  const double whole = choice.cost[kTiles] * policy::kTie;
+  if (choice.cost[kSplit] < whole && choice.cost[kSplit] <= choice.cost[kStreamK]) {
+    choice.policy = kSplit;
+    choice.splits = splits;
+    choice.workers = outputs * splits;
+  } else if (choice.cost[kStreamK] < whole) {
     choice.policy = kStreamK;
-    choice.workers = policy::least(workers, outputs * most_tiles);
+    choice.workers = streaming;
   }
   return choice;
+}
+
+// What the launcher of CUDA kernels prices with, in cycles of an SM. Not measured.
+struct DeviceCosts {
+  PolicyCosts policy;
+  double count;  // of ae_schedule
+};
+
+AE_HD inline DeviceCosts device_costs(int64_t tile_cycles, int64_t slot_bytes) {
+  // A segment loads Q and fills its ring before the first product; a part is written to and read
+  // from the L2 cache; each kernel more takes 2 to 3 us to launch.
+  constexpr double kSegment = 2500, kBytesPerCycle = 16, kLaunch = 4000;
+  return {{double(tile_cycles), kSegment, 2 * double(slot_bytes) / kBytesPerCycle, kLaunch},
+          kLaunch};
 }
 
 }  // namespace ae

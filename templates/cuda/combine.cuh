@@ -44,7 +44,7 @@ struct Combine {
     const int64_t output = blockIdx.x / kBlocksOfOutput;
     const int lane = int(threadIdx.x) % 32;
     const int row = int(blockIdx.x % kBlocksOfOutput) * kWarps + int(threadIdx.x) / 32;
-    const Parts parts = schedule_of(params.work).parts(output);
+    const Parts parts = parts_of(params.work, output);
     if (parts.whole) return;
     const RowTile tile = RowTile::of_output<Plan>(p, unsigned(output));
     if (row >= tile.count) return;

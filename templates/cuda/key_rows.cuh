@@ -11,6 +11,7 @@ namespace ae {
 template <int kWarps, int kBlockN>
 struct KeyRowsTable {
   const int32_t* pages;      // of the sequence; null: no pages
+  int keys;                  // of the sequence
   int first, kv_row;         // position of key 0, and where there are no pages its batch row
   int2 at[kWarps][kBlockN];  // batch row, row. Warps keep their own: no barrier of the block
 
@@ -18,13 +19,14 @@ struct KeyRowsTable {
   __device__ __forceinline__ void start(const ae_params& p, int b) {
     if (threadIdx.x != 0) return;
     const Sequence sequence(p, b);
+    keys = int(sequence.keys);
     pages = sequence.pages;
     first = int(sequence.first_key);
     kv_row = int(sequence.kv_row);
   }
 
-  // All lanes of a warp call it together. `key`: first of the tile, of the sequence's `keys`.
-  __device__ __forceinline__ void locate(const ae_sequences& s, int key, int keys) {
+  // All lanes of a warp call it together. `key`: first of the tile.
+  __device__ __forceinline__ void locate(const ae_sequences& s, int key) {
     const int lane = int(threadIdx.x) % 32;
     int2* own = at[threadIdx.x / 32];
     __syncwarp();  // nobody reads the tile before

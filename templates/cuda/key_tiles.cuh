@@ -74,6 +74,22 @@ class KeyTiles {
     }
   }
 
+  // The same from `classes`, once they are filled.
+  __device__ static __forceinline__ int count(int64_t keys, const KeyTileClasses& classes) {
+    const int tiles = int((keys + kBlockN - 1) / kBlockN);
+    if constexpr (!Fn::kHasMask) {
+      return tiles;
+    } else {
+      const int shift = shift_of(tiles);
+      const int words = ((tiles + (1 << shift) - 1) / (1 << shift) + 31) / 32;
+      int found = 0;
+      for (int i = int(threadIdx.x) % 32; i < words; i += 32) {
+        found += tiles_of(classes.live[i], i, tiles, shift);
+      }
+      return __reduce_add_sync(~0u, found);
+    }
+  }
+
   // Fills `classes` for a tile of rows, with all threads of the block; the caller synchronises.
   template <class Params>
   __device__ static __forceinline__ void classify(const Params& params, const RowTile& rows,

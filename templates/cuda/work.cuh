@@ -1,6 +1,10 @@
 // The work of a thread block where a launch shares it by a schedule (common/schedule.h): its
-// segments one after the other, and the kernel that counts the tiles of keys of each output first.
-// Lengths are read on the device, so a captured launch serves others within its bounds.
+// segments one after the other, and the kernel that counts the tiles of keys of each output first,
+// for stream-K. Lengths are read on the device, so a captured launch serves others within its
+// bounds.
+//
+// A split needs no count: a block finds how many tiles its output has when it classifies them, and
+// so which are its own. Every part has its slot, empty ones too, and ae_combine reads all of them.
 #pragma once
 #include "common/schedule.h"
 #include "cuda/key_tiles.cuh"
@@ -11,19 +15,28 @@ __device__ inline Schedule schedule_of(const WorkParams& work) {
   return Schedule::make(work.policy, work.outputs, work.prefix, work.workers, work.splits);
 }
 
-// The segments of worker x in order, those of Schedule::each_segment. One thread asks; it lies in
-// shared memory, for what only a segment's start needs is not held through its loop.
+// Where the parts of an output are.
+__device__ inline Parts parts_of(const WorkParams& work, int64_t output) {
+  if (work.policy != kSplit) return schedule_of(work).parts(output);
+  const int64_t first = output * work.splits;
+  return {first, first + 1, 1, work.splits, false};
+}
+
+// The segments of worker x in order: under stream-K those of Schedule::each_segment. One thread
+// asks; it lies in shared memory, for what only a segment's start needs is not held through its
+// loop.
 struct SegmentWalk {
   static constexpr int kAllTiles = 0x7fffffff;
 
   Segment segment;
   int64_t at, end, output;  // kStreamK: what is left of the line
-  bool more;
+  bool more, first;
 
   __device__ void start(const WorkParams& work, int64_t x) {
     at = end = output = 0;
-    more = true;
+    more = first = true;
     segment = {x, 0, kAllTiles, -1};
+    if (work.policy == kSplit) segment = {unsigned(x) / unsigned(work.splits), 0, 0, x};
     if (work.policy != kStreamK) return;
     const Schedule schedule = schedule_of(work);
     more = x < schedule.workers;
@@ -33,8 +46,8 @@ struct SegmentWalk {
     output = schedule.output_of(at);
   }
 
-  // Sets `segment`, or `more` to false where there is none. `first`: of this worker.
-  __device__ void next(const WorkParams& work, int64_t x, bool first) {
+  // Sets `segment`, or `more` to false where there is none.
+  __device__ void next(const WorkParams& work, int64_t x) {
     if (work.policy == kStreamK) {
       if (!more) return;
       while (at < end && work.prefix[output + 1] <= at) ++output;
@@ -47,13 +60,20 @@ struct SegmentWalk {
       at = stop;
       return;
     }
-    const bool all = work.policy == kTiles;
-    more = first && all;
-    if (!first || all) return;
-    schedule_of(work).each_segment(x, [&](const Segment& s) {
-      segment = s;
-      more = true;
-    });
+    more = first;
+    first = false;
+  }
+
+  // Under a split: its part of the output's tiles, once they are counted.
+  // In 32 bits: a grid has no more blocks, and a division of 64 bits takes many registers.
+  __device__ void cut(const WorkParams& work, unsigned tiles) {
+    const unsigned splits = unsigned(work.splits), of = tiles < splits ? tiles : splits;
+    const unsigned part = unsigned(segment.slot) % splits;
+    segment.begin = segment.end = 0;
+    if (part >= of) return;
+    const unsigned each = tiles / of, longer = tiles % of;  // as Schedule::cut
+    segment.begin = part * each + (part < longer ? part : longer);
+    segment.end = segment.begin + each + (part < longer);
   }
 };
 
@@ -61,7 +81,7 @@ struct NoWalk {};
 template <bool kScheduled>
 using Walk = std::conditional_t<kScheduled, SegmentWalk, NoWalk>;
 
-constexpr int kScheduleThreads = 128;
+constexpr int kScheduleThreads = 512;  // a warp per output where a mask is classified
 
 // One thread block: how many tiles of keys each output has, then their prefix sums.
 template <class Plan, class Fn, class Params>

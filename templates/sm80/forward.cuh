@@ -99,13 +99,15 @@ class Forward {
     if constexpr (!Plan::kScheduled) {
       attend_rows();
     } else {
-      for (bool first = true;; first = false) {
-        if (threadIdx.x == 0) {
-          if (first) small_.walk.start(params_.work, blockIdx.x);
-          small_.walk.next(params_.work, blockIdx.x, first);
-        }
+      if (threadIdx.x == 0) small_.walk.start(params_.work, blockIdx.x);
+#pragma unroll 1
+      while (true) {
+        if (threadIdx.x == 0) small_.walk.next(params_.work, blockIdx.x);
         __syncthreads();
         if (!small_.walk.more) break;
+        // What follows from them is computed anew: else the compiler holds places of Q and of the
+        // results through the loop over the keys, and spills (D = 128: 24 bytes for 128 rows).
+        asm volatile("" : "+r"(lane_), "+r"(warp_row_));
         attend_rows();
         __syncthreads();  // nobody reads what the next segment overwrites
       }
@@ -117,14 +119,25 @@ class Forward {
   __device__ __forceinline__ void attend_rows() {
     {
       const RowTile rows = row_tile();
+      int64_t keys = p_.S;
       if constexpr (Plan::kSequences) {
         if (rows.count <= 0) return;  // the sequence has fewer rows than the longest
-        keys_ = int(Sequence(p_, rows.b).keys);
+        keys = Sequence(p_, rows.b).keys;
+        small_.rows.start(p_, rows.b);
       }
-      KeyTiles<Plan, Fn>::classify(params_, rows, keys(), small_.classes);
+      KeyTiles<Plan, Fn>::classify(params_, rows, keys, small_.classes);
+    }
+    if constexpr (Plan::kScheduled) {
+      if (params_.work.policy == kSplit) {
+        __syncthreads();  // the classes are there
+        if (threadIdx.x < 32) {
+          const int tiles = KeyTiles<Plan, Fn>::count(keys(), small_.classes);
+          if (threadIdx.x == 0) small_.walk.cut(params_.work, tiles);
+        }
+      }
     }
     start();
-    __syncthreads();  // the classes are there
+    __syncthreads();  // the classes are there, and the segment
 #pragma unroll 1
     for (Mode mode = kFinite;;) {
       pass(mode);
@@ -148,9 +161,8 @@ class Forward {
   const Env env_;
   char* const shared_;
   Small& small_;
-  const int lane_, warp_row_;
+  int lane_, warp_row_;
   GlobalRows k_, v_;
-  int keys_;  // with kSequences
 
   typename Fn::Row rows_[kRows];
   float state_[kRows][kStates];
@@ -164,7 +176,7 @@ class Forward {
   }
   __device__ __forceinline__ int64_t keys() const {
     if constexpr (Plan::kSequences) {
-      return keys_;
+      return small_.rows.keys;
     } else {
       return p_.S;
     }
@@ -230,7 +242,6 @@ class Forward {
     };
     k_ = rows_of(p_.k, p_.k_stride);
     v_ = rows_of(p_.v, p_.v_stride);
-    if constexpr (Plan::kSequences) small_.rows.start(p_, tile.b);
     const int64_t* s = p_.q_stride;
     const uint16_t* base =
         static_cast<const uint16_t*>(p_.q) + tile.b * s[0] + tile.first_row * s[2];
@@ -256,7 +267,7 @@ class Forward {
     char* k = shared_ + Shared::kK + slot * KTile::kBytes;
     char* v = shared_ + Shared::kV + slot * VTile::kBytes;
     if constexpr (Plan::kSequences) {
-      small_.rows.locate(p_.sequences, tile * kBlockN, keys_);
+      small_.rows.locate(p_.sequences, tile * kBlockN);
       const auto k_row = [&](int i) { return small_.rows.row(k_, p_.k_stride[0], i); };
       const auto v_row = [&](int i) { return small_.rows.row(v_, p_.v_stride[0], i); };
       copy(k, v, count, k_.aligned() && p_.k_stride[0] % kChunkElements == 0,

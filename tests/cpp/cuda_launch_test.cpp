@@ -171,7 +171,8 @@ void test_faults_of_earlier_kernels(const Images& images) {
 void test_split_work(const Images& images) {
   const ae_driver& driver = fresh_driver(recording::simulator);
   ae_cuda_info info = description();
-  info.sequences = 1, info.slot_bytes = 1024, info.tile_cycles = 4000, info.pack_group = 1;
+  info.sequences = 1, info.slot_bytes = 1024, info.tile_cycles = 4000, info.crowded = 32;
+  info.pack_group = 1;
   const ae::CudaKernel kernel(info, images.ptx(), images.cubin());
   const ae::CudaFunctions& functions = kernel.on(driver, 0, nullptr);
   state.param_bytes = sizeof(ae::KernelParams<1>);
@@ -203,8 +204,13 @@ void test_split_work(const Images& images) {
   ae::forced_schedule = {ae::kSplit, 3, 1};
   work = work_of(few, workspace);
   CHECK(work.policy == ae::kSplit && work.splits == 3);
-  CHECK(state.launches[1].config.grid_x == 18 && workspace.size() == 64 + 18 * 1024);
+  CHECK(state.launches.size() == 2 && state.launches[0].config.grid_x == 18);
+  CHECK(work.prefix == nullptr && workspace.size() == 18 * 1024);
+  CHECK(reinterpret_cast<char*>(work.slots) == workspace.data());
   ae::forced_schedule = {-1, 1, 1};
+  // So short that counting tiles would take longer than what it saves.
+  work = work_of(sizes(3, 8, 2, 1, 32 * 20), workspace);
+  CHECK(work.policy == ae::kSplit && state.launches.size() == 2);
 
   const int32_t ends[3] = {1, 2, 3};
   ae_params p = few;

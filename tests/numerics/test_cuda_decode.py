@@ -322,7 +322,15 @@ def test_prefill_of_packed_sequences() -> None:
     """Tiles for many rows: sequences that are shorter than the longest leave theirs at once."""
     x = Batch(ae.AttentionSpec(mask_mod=causal), (150, 20, 0, 90), (150, 7, 3, 40), align_end=False)
     assert x.form.decode_rows == 0
-    every(x, ["packed"], ["tiles"])
+    every(x, ["packed"], ["tiles", "streamk"])
+
+
+def test_a_chunk_of_a_prompt_against_its_cache() -> None:
+    """66 rows of a group and the keys before them: too few outputs for a GPU, so their keys are
+    split as those of a decode are."""
+    x = Batch(ae.AttentionSpec(mask_mod=causal), (330, 0, 70), 33, dtype=F16)
+    assert x.form.decode_rows == 0
+    every(x, ["pages16"], ["split", "streamk"])
 
 
 def test_a_head_dependent_mask() -> None:

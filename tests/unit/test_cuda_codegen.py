@@ -224,7 +224,9 @@ def test_forms() -> None:
         assert flying >= 0.85 * plan_cuda.IN_FLIGHT
         assert plan.slot_bytes == 4 * plan.block_m * (128 + 2 + 1) and plan.partition == "segments"
     many = dispatch.regenerated(meaning, "sm_80", Form.of_sequences(65))
-    assert many.forward_plans[0].block_m >= 64 and many.forward_plans[0].slot_bytes == 0
+    plan = many.forward_plans[0]
+    assert plan.block_m >= 64 and plan.slot_bytes == 4 * plan.block_m * (128 + 2 + 1)
+    assert plan.crowded == 1 and plan.tile_cycles > 0 and plan.partition == "segments"
     assert many.forward_key.digest() != replace(many.forward_key, form=Form()).digest()
     unmerged = pipeline(ae.AttentionSpec(row_func=UserSoftmax())).sources.meaning
     plan = dispatch.regenerated(

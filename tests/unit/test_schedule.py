@@ -201,6 +201,29 @@ def test_lengths_unknown_to_the_host() -> None:
     assert schedule.choose_bounded(0, 2, 132, costs).policy == "tiles"
 
 
+@pytest.mark.parametrize(
+    "batch, keys, policy",
+    [
+        (1, 1 << 17, "stream-K"), (8, 1 << 17, "stream-K"), (132, 1 << 15, "stream-K"),
+        (1, 4096, "split"), (2, 4096, "split"), (1, 128, "tiles"), (600, 4096, "tiles"),
+    ],
+)  # fmt: skip
+def test_a_gpu_of_132_sms_takes_each_policy(batch: int, keys: int, policy: str) -> None:
+    """8 heads of keys, lengths unknown: counting tiles takes a launch, which short lengths do not
+    pay for; where nothing is gained, outputs stay whole."""
+    costs, count = schedule.device_costs(tile_cycles=600, slot_bytes=4 * 16 * (128 + 3))
+    tiles = -(-keys // 32)
+    choice = schedule.choose_bounded(8 * batch, tiles, 132, costs, count=count)
+    assert choice.policy == policy
+    assert choice.cost[schedule.POLICIES.index(policy)] <= min(choice.cost) * 1.02
+    if policy == "split":
+        assert choice.workers == 8 * batch * choice.splits <= 132
+        free = schedule.choose_bounded(8 * batch, tiles, 132, costs)
+        assert free.cost[2] == pytest.approx(choice.cost[2] - count)
+    many = schedule.choose_bounded(8 * batch, tiles, 132, costs, count=count, crowded=1)
+    assert many.policy == ("tiles" if 8 * batch >= 132 else policy)
+
+
 def test_schedule_says_what_and_why() -> None:
     costs = PolicyCosts(2.0, 1.0, 0.1, 3.0)
     lengths = [1024 << i for i in range(8)]
