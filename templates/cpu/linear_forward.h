@@ -25,6 +25,7 @@
 //
 // and ends with AE_EXPORT_LINEAR_FORWARD(Plan, Fn).
 #pragma once
+#include "cpu/linear_step.h"
 #include "cpu/linear_walk.h"
 
 namespace ae {
@@ -69,7 +70,12 @@ class LinearForward {
   }
   void work(int64_t index, int32_t worker) {
     const LinearTask task = cut_.task(p_, index);
-    Walk(in_, task, base_ + worker * worker_bytes_).run();
+    char* scratch = base_ + worker * worker_bytes_;
+    if (task.length <= kStepTokens) {
+      LinearStep<Plan, Fn>(in_, task, scratch).run();
+    } else {
+      Walk(in_, task, scratch).run();
+    }
   }
 };
 

@@ -108,6 +108,46 @@ __attribute__((noinline)) void add_by_rows(int n, const typename T::M* m, const 
   }
 }
 
+// Sums of some columns of where.n tokens, `pitch` apart, as the caller wants them: times `inverse`
+// of the token (null: 1), through out_mod, rounded.
+template <class Plan, class Fn>
+__attribute__((noinline)) void finish_rows(const LinearInputs<Plan, Fn>& in, const LinearAt& where,
+                                           int column, int width, const typename Plan::Acc* sums,
+                                           int64_t pitch, const typename Plan::Acc* inverse) {
+  using T = LinearTypes<Plan>;
+  using Elem = typename T::Elem;
+  using V = typename T::V;
+  constexpr int W = T::W;
+  const int64_t* s = in.params().out_stride;
+  Elem* out =
+      (Elem*)in.params().out + where.b * s[0] + where.h * s[1] + where.t * s[2] + column * s[3];
+  HookAt at{where.b, where.h, where.t, column, W};
+  for (int t = 0; t < where.n; ++t, ++at.t, out += s[2]) {
+    for (int j = 0; j < width; j += W) {
+      V x = load_vector<V>(sums + t * pitch + j);
+      if (inverse != nullptr) x *= inverse[t];
+      at.d = column + j;
+      at.count = width - j < W ? width - j : W;
+      if constexpr (Fn::kHasOutMod) x = Fn::out_mod(in.env(), at, x);
+      if (s[3] == 1 && at.count == W) {
+        store_result<T>(out + j, x);
+      } else {
+        Elem copy[W];
+        store_result<T>(copy, x);
+        for (int i = 0; i < at.count; ++i) out[(j + i) * s[3]] = copy[i];
+      }
+    }
+  }
+}
+
+// 1 / den, den kept away from 0.
+template <class Acc>
+AE_INLINE Acc normalizer_inverse(Acc den) {
+  constexpr Acc kLeast = Acc(1e-6);
+  const bool small = den < kLeast && den > -kLeast;
+  return Acc(1) / (small ? (den < 0 ? -kLeast : kLeast) : den);
+}
+
 // Rows of v as a B operand over tokens, and the same times f_t (left null: not wanted). Returns
 // whether a value is Inf or NaN. The row that fills a pair is zero.
 template <class T, class Rows>

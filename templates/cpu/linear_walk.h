@@ -219,7 +219,6 @@ class LinearWalk {
   // Denominators of the rows, and z after the chunk.
   template <class Rows>
   void normalize(const LinearAt& where, int64_t head, const Rows& k) {
-    constexpr Acc kLeast = Acc(1e-6);
     Acc* sum = z(head);
     for (int t = 0; t < where.n; ++t) {
       const M* q = q_rows_ + int64_t(t) * kPitch;
@@ -228,8 +227,7 @@ class LinearWalk {
         dot += load_widened<Acc>(q + d) * load_vector<V>(sum + d);
       }
       const Acc den = row_sums_[t] + factor_[t] * hsum(dot);
-      const bool small = den < kLeast && den > -kLeast;
-      inverse_[t] = Acc(1) / (small ? (den < 0 ? -kLeast : kLeast) : den);
+      inverse_[t] = normalizer_inverse(den);
     }
     if (!keep_) return;
     for (int d = 0; d < kPitch; d += W) {
@@ -289,7 +287,7 @@ class LinearWalk {
       Acc* sums = at<Acc>(kAt.sums);
       output_rows<T>(n, q_steps, q_rows_, s, factor_, !bad, m, v, sums, N);
       if (bad) add_by_rows<T>(n, m, v, sums);
-      finish(where, column, width, sums, out);
+      finish_rows<Plan, Fn>(in_, where, column, width, sums, N, kNormalizer ? inverse_ : nullptr);
     }
     if (keep_) update(n, T::kScalar ? left : v, state);
   }
@@ -355,31 +353,6 @@ class LinearWalk {
       constexpr auto kMode = T::kScalar ? GemmMode::kScale : GemmMode::kAccumulate;
       gemm<Acc, M, N, kMode>(T::kD, (n + T::kPair - 1) / T::kPair, k_tokens_, T::kPair,
                              T::kPair * kPitch, v, N, state, N, decay_);
-    }
-  }
-
-  // Output rows as the caller wants them.
-  __attribute__((noinline)) void finish(const LinearAt& where, int column, int width,
-                                        const Acc* sums, Elem* out) const {
-    const int64_t* s = p_.out_stride;
-    HookAt at{where.b, where.h, where.t, column, W};
-    for (int t = 0; t < where.n; ++t, ++at.t, out += s[2]) {
-      for (int j = 0; j < width; j += W) {
-        V x = load_vector<V>(sums + int64_t(t) * N + j);
-        if constexpr (kNormalizer) x *= inverse_[t];
-        const int count = width - j < W ? width - j : W;
-        if constexpr (Fn::kHasOutMod) {
-          at.d = column + j, at.count = count;
-          x = Fn::out_mod(in_.env(), at, x);
-        }
-        if (s[3] == 1 && count == W) {
-          store_result<T>(out + j, x);
-        } else {
-          Elem copy[W];
-          store_result<T>(copy, x);
-          for (int i = 0; i < count; ++i) out[(j + i) * s[3]] = copy[i];
-        }
-      }
     }
   }
 };
