@@ -29,7 +29,7 @@ _READS = (
     "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__",
     "__array__", "__contains__",
 )  # fmt: skip
-_SIZES = ("size", "numel", "nelement", "__len__", "view_as", "reshape_as")
+_SIZES = ("size", "numel", "nelement", "stride", "__len__", "view_as", "reshape_as")
 _DATA_DEPENDENT = "a branch or .item() on a tensor is data-dependent"
 
 

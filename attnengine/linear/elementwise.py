@@ -89,12 +89,12 @@ def trace_hook(
 def _quiet() -> Iterator[None]:
     """Shapes that do not broadcast raise; torch would print a traceback as well."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
-    before = log.level
-    log.setLevel(logging.CRITICAL)
+    silence = logging.Filter("attnengine")
+    log.addFilter(silence)
     try:
         yield
     finally:
-        log.setLevel(before)
+        log.removeFilter(silence)
 
 
 def _aligned(tr: Tracer, root: Node, place: Sequence[Node]) -> Node:

@@ -123,6 +123,7 @@ gate, columns = leaf(*SHAPES[:1], H, L, DV), leaf(DV)
 heads, scalar, half = leaf(H), leaf(), leaf(H, 1, 1, dtype=torch.bfloat16)
 swapped, wide = leaf(DV, H), leaf(H, 2 * DV)
 count = torch.arange(H)[:, None, None]
+fixed_table, ids = torch.randn(10, DV), torch.arange(2 * L).view(2, 1, L) % 10
 
 VALUE_HOOKS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -153,6 +154,9 @@ VALUE_HOOKS: dict[str, Callable[[Tensor], Tensor]] = {
     "detached": lambda x: x * x.detach() * gate.detach(),
     "double": lambda x: (x.double() * 0.1).float(),
     "constant": lambda x: torch.zeros_like(x) + columns,
+    "module": torch.nn.SiLU(),
+    "module with a parameter": torch.nn.PReLU(),
+    "table": lambda x: x * fixed_table[ids],
 }
 
 
