@@ -206,7 +206,7 @@ class LinearBackwardChannel {
     const int64_t whole = int64_t(Products::blocks(n)) * kBlock;
     Tile::clear(x_.k_end + whole * kDp, (C - whole) * kDp);
   }
-  void decay_left(int n, const A* x, A* in, A* start) const {
+  __attribute__((noinline)) void decay_left(int n, const A* x, A* in, A* start) const {
     for (int t = 0; t < n; ++t) {
       for (int d = 0; d < kDp; d += W) {
         const int i = t * kDp + d;
@@ -220,7 +220,7 @@ class LinearBackwardChannel {
   }
 
   // dM whole, minus beta y W^T in the place of da, and both as operands. Rows past n are zero.
-  void complete_scores(int n) const {
+  __attribute__((noinline)) void complete_scores(int n) const {
     if constexpr (kNormalizer) {
       for (int t = 0; t < n; ++t) {
         for (int j = 0; j <= t; j += W) {
@@ -247,7 +247,7 @@ class LinearBackwardChannel {
   }
 
   // What crosses the whole chunk, of each channel.
-  void states_dot(const Head& head, int64_t c) const {
+  __attribute__((noinline)) void states_dot(const Head& head, int64_t c) const {
     const M* s = head.state_of(c);
     for (int d = 0; d < D; ++d) {
       V sum{};
@@ -263,7 +263,7 @@ class LinearBackwardChannel {
   }
 
   // From the state to tokens: tile holds dO S^T, tile2 dv S^T.
-  void from_state(int n) const {
+  __attribute__((noinline)) void from_state(int n) const {
     for (int d = 0; d < kDp; d += W) {
       V behind = load_vector<V>(x_.crossing + d);
       for (int t = n - 1; t >= 0; --t) {
@@ -285,7 +285,7 @@ class LinearBackwardChannel {
 
   // tile: keys before block b on their way to its start; E, so far behind block b, before it; and
   // what crosses the block.
-  void carry_back(int b) const {
+  __attribute__((noinline)) void carry_back(int b) const {
     for (int d = 0; d < kDp; d += W) {
       const V whole = load_vector<V>(x_.whole + b * kDp + d);
       V between = splat<V>(A(1)), crossing{};
@@ -305,7 +305,7 @@ class LinearBackwardChannel {
   }
 
   // From the block's keys to what is behind it.
-  void own_keys(int first, int rows) const {
+  __attribute__((noinline)) void own_keys(int first, int rows) const {
     for (int d = 0; d < kDp; d += W) {
       V before = load_vector<V>(x_.crossing + d);
       for (int s = first; s < first + rows; ++s) {
@@ -319,7 +319,7 @@ class LinearBackwardChannel {
   }
 
   // From keys before the block to its tokens.
-  void earlier_keys(int first, int rows) const {
+  __attribute__((noinline)) void earlier_keys(int first, int rows) const {
     constexpr GemmMode kAdd = GemmMode::kAccumulate;
     const M* keys = Tile::template by_row<kDp>(x_.tile, x_.tile_row, first);
     const int64_t at = int64_t(first) * C, in = int64_t(first) * kDp;

@@ -104,7 +104,7 @@ class LinearBackwardStep {
   }
 
  private:
-  void keep(const Head& head, int64_t c) const {
+  __attribute__((noinline)) void keep(const Head& head, int64_t c) const {
     M* kept = head.state_of(c);
     for (int64_t i = 0; i < int64_t(D) * kVp; i += W) {
       store_multiply(kept + i, load_vector<V>(head.state + i));
@@ -130,7 +130,7 @@ class LinearBackwardStep {
     invert_diagonal<A, C>(x_.minus, at.n, x_.inverse);
   }
   // r and W from v; rows past n are zero.
-  void solve(int n, const Head& head, int64_t c) const {
+  __attribute__((noinline)) void solve(int n, const Head& head, int64_t c) const {
     A *r = head.residual(c), *written = head.written(c);
     keys_.keys_in_times(n, Tile::template by_row<kVp>(head.state, x_.state_row, D), x_.dv);
     for (int t = 0; t < n; ++t) {
@@ -145,7 +145,8 @@ class LinearBackwardStep {
     Tile::clear(written + int64_t(n) * kVp, int64_t(C - n) * kVp);
   }
   // From dW in dv: y, dA, dbeta, and dv = beta y.
-  void delta_gradients(const LinearAt& at, const Head& head, int64_t c) const {
+  __attribute__((noinline)) void delta_gradients(const LinearAt& at, const Head& head,
+                                                 int64_t c) const {
     const int n = at.n;
     A* y = x_.solved;
     solve_unit_lower<A, C, kVp, true>(x_.minus, x_.inverse, n, x_.dv, y);

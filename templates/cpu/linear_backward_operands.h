@@ -150,8 +150,9 @@ class LinearBackwardOperands {
   }
 
   template <bool kHasMod, int kFirst, int kGrads, class Back>
-  void store(void* to, int64_t heads, int64_t h, const LinearRows<Elem>& raw, const LinearAt& at,
-             int width, const A* sum, int pitch, const Back& back) const {
+  __attribute__((noinline)) void store(void* to, int64_t heads, int64_t h,
+                                       const LinearRows<Elem>& raw, const LinearAt& at, int width,
+                                       const A* sum, int pitch, const Back& back) const {
     Elem* out = static_cast<Elem*>(to);
     if (out == nullptr && kGrads == 0) return;
     for (int i = 0; i < at.n; ++i) {

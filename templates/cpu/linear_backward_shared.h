@@ -206,7 +206,7 @@ class LinearBackwardShared {
 
   // Adds the gradients of q . k and k . k to those of other heads; dm becomes what each pair gives
   // to the decays between.
-  void score_gradients(int n) const {
+  __attribute__((noinline)) void score_gradients(int n) const {
     each_lower<A, C>(decays(), n, [this](int t, int j, V d, int live) {
       const int64_t at = int64_t(t) * C + j * W;
       V dm = load_vector<V>(x_.dm + at);
@@ -225,7 +225,7 @@ class LinearBackwardShared {
   }
 
   // <S, U>, with z.
-  A states_dot(const Head& head, int64_t c) const {
+  __attribute__((noinline)) A states_dot(const Head& head, int64_t c) const {
     const M* s = head.state_of(c);
     V sum{};
     for (int d = 0; d < D; ++d) {

@@ -18,7 +18,7 @@ struct LinearTile {
 
   // ---- operands ----
   // An A operand: `n` accumulators, rounded into `room` where the types differ.
-  static const M* natural(const A* x, M* room, int64_t n) {
+  __attribute__((noinline)) static const M* natural(const A* x, M* room, int64_t n) {
     if constexpr (X::kRounds) {
       for (int64_t i = 0; i < n; i += W) store_multiply(room + i, load_vector<V>(x + i));
       return room;
@@ -28,7 +28,7 @@ struct LinearTile {
   }
   // A B operand over `rows` rows of `kPitch` accumulators.
   template <int kPitch>
-  static const M* by_row(const A* x, M* room, int rows) {
+  __attribute__((noinline)) static const M* by_row(const A* x, M* room, int rows) {
     if constexpr (X::kRounds) {
       pack_sums<A, M, kPitch>(room, x, rows, [](int) { return A(1); });
       return room;
@@ -38,7 +38,8 @@ struct LinearTile {
   }
   // The same, row i scaled by factor[i].
   template <int kPitch>
-  static void by_scaled_row(const A* x, M* room, int rows, const A* factor) {
+  __attribute__((noinline)) static void by_scaled_row(const A* x, M* room, int rows,
+                                                      const A* factor) {
     pack_sums<A, M, kPitch>(room, x, rows, [factor](int i) { return factor[i]; });
   }
   // A B operand over the first `kWidth` columns of a natural tile of C rows.
@@ -101,7 +102,7 @@ struct LinearTile {
   // sums[r] = sum of w[t][s] over s < r <= t: no term is taken back, so nothing cancels. Rows are
   // filled up to the vector of the diagonal, with zeros behind s = t; a diagonal element counts
   // nowhere.
-  static void sums_across(int n, const A* w, A* sums) {
+  __attribute__((noinline)) static void sums_across(int n, const A* w, A* sums) {
     A column[C] = {};
     for (int t = n - 1; t >= 0; --t) {
       const int j = t / W * W;
