@@ -54,18 +54,20 @@ def check_arguments(
     spec = LinearAttentionSpec() if spec is None else spec
     if not isinstance(spec, LinearAttentionSpec):
         raise TypeError(f"spec={spec!r}: expected an attnengine.LinearAttentionSpec or None")
-    named = {"q": q, "k": k, "v": v, "decay": decay, "beta": beta}
-    named |= {"initial_state": initial_state, "cu_seqlens": cu_seqlens}
-    for name, x in named.items():
+    named = (("q", q), ("k", k), ("v", v), ("decay", decay), ("beta", beta))
+    device = None
+    for name, x in (*named, ("initial_state", initial_state), ("cu_seqlens", cu_seqlens)):
         if x is None and name not in ("q", "k", "v"):
             continue
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}={x!r}: expected a tensor")
-        if x.device != q.device:
-            raise ValueError(f"{name}: on {x.device}, but q is on {q.device}; move it there")
+        device = device or x.device
+        if x.device != device:
+            raise ValueError(f"{name}: on {x.device}, but q is on {device}; move it there")
+    dtype, shape, values = q.dtype, q.shape, v.shape
     _check_operands(q, k, v)
-    (B, Hk, L, D), H, Dv = q.shape, v.shape[1], v.shape[3]
-    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    (B, Hk, L, D), H, Dv = shape, values[1], values[3]
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
     kind, decay = _decay(decay, (B, H, L, D))
     if beta is not None:
         _check_float("beta", beta)
@@ -86,25 +88,39 @@ def _shape(x: Tensor) -> list[int]:
 
 
 def _check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
-    shapes = f"q {_shape(q)}, k {_shape(k)}, v {_shape(v)}"
-    if not q.dim() == k.dim() == v.dim() == 4:
+    a, b, c, dtype = q.shape, k.shape, v.shape, q.dtype
+    if (
+        len(a) == len(c) == 4
+        and a == b
+        and a[0] == c[0]
+        and a[2] == c[2]
+        and a[1] > 0
+        and c[1] % a[1] == 0
+        and a[3] > 0
+        and c[3] > 0
+        and dtype in DTYPES
+        and k.dtype == dtype
+        and v.dtype == dtype
+    ):
+        return
+    shapes = f"q {[*a]}, k {[*b]}, v {[*c]}"
+    if not len(a) == len(b) == len(c) == 4:
         raise ValueError(f"q, k [B, Hk, L, D] and v [B, H, L, Dv] must be 4-D; got {shapes}")
-    if q.dtype not in DTYPES:
+    if dtype not in DTYPES:
         names = ", ".join(str(x).removeprefix("torch.") for x in DTYPES)
-        raise ValueError(f"q: dtype {q.dtype}, expected one of {names}; convert it")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v must have one dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
-    if q.shape != k.shape:
+        raise ValueError(f"q: dtype {dtype}, expected one of {names}; convert it")
+    if not dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must have one dtype; got {dtype}, {k.dtype}, {v.dtype}")
+    if a != b:
         raise ValueError(f"q and k must have one shape [B, Hk, L, D]; got {shapes}")
-    if (q.shape[0], q.shape[2]) != (v.shape[0], v.shape[2]):
+    if (a[0], a[2]) != (c[0], c[2]):
         raise ValueError(f"v must have q's batch and length; got {shapes}")
-    if q.shape[1] == 0 or v.shape[1] % q.shape[1] != 0:
+    if a[1] == 0 or c[1] % a[1] != 0:
         raise ValueError(
-            f"v's heads ({v.shape[1]}) must be a multiple of q's and k's ({q.shape[1]}); "
+            f"v's heads ({c[1]}) must be a multiple of q's and k's ({a[1]}); "
             f"repeat the heads of v, or those of q and k; got {shapes}"
         )
-    if q.shape[3] == 0 or v.shape[3] == 0:
-        raise ValueError(f"head dims D and Dv must be at least 1; got {shapes}")
+    raise ValueError(f"head dims D and Dv must be at least 1; got {shapes}")
 
 
 def _check_float(name: str, x: Tensor) -> None:
@@ -116,13 +132,13 @@ def _decay(decay: Tensor | None, sizes: tuple[int, int, int, int]) -> tuple[str,
     """Kind of a decay, and its view [B, H, L] or [B, H, L, D]."""
     if decay is None:
         return "none", None
-    B, H, L, D = sizes
+    (B, H, L, D), shape = sizes, decay.shape
     _check_float("decay", decay)
-    if decay.shape == (H,):
+    if shape == (H,):
         return "scalar", decay[:, None].expand(B, H, L)
-    if decay.shape == (B, H, L):
+    if shape == (B, H, L):
         return "scalar", decay
-    if decay.shape == (B, H, L, D):
+    if shape == sizes:
         return "channel", decay
     raise ValueError(
         f"decay: shape {_shape(decay)}, expected the log-decay [H] = {[H]}, [B, H, L] = {[B, H, L]}"
@@ -164,8 +180,8 @@ def check_ends(ends: list[int], length: int) -> None:
 def _check_state(
     state: Tensor, sizes: tuple[int, int, int, int], columns: int, acc: torch.dtype, packed: bool
 ) -> None:
-    N, H, D, Dv = sizes
-    if state.shape != sizes and state.shape != (N, H, D, columns):
+    (N, H, D, Dv), shape = sizes, state.shape
+    if shape != sizes and shape != (N, H, D, columns):
         wanted = f"[N, H, D, Dv] = {[*sizes]}"
         if columns != Dv:
             wanted = f"[N, H, D, Dv + 1] = {[N, H, D, columns]} (last column z) or {wanted}"
