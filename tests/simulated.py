@@ -1,8 +1,9 @@
 """Runs the CUDA cases of tests/cuda_cases.py in the PTX simulator: numerics, reports, counters.
 
-    python -m tests.simulated [--full] [--case ID ...] [--seeds N] [--counters] [--record]
+    python -m tests.simulated [--full] [--linear] [--case ID ...] [--seeds N] [--counters] [--record]
 
-prints one line per kernel. --counters adds what its launch on the first shape did. --record writes
+prints one line per kernel. --full runs linear attention's, too; --linear those alone
+(tests/cuda_linear_cases.py). --counters adds what its launch on the first shape did. --record writes
 bench/results/simulated.json and the table of docs/status.md, which tests compare with it. Exit
 status 1 if any kernel fails. ``make test-full`` runs the full matrix and records it.
 """
@@ -23,7 +24,7 @@ from typing import Any
 
 import attnengine as ae
 from attnengine import gate
-from tests import cuda_cases, ptxsim
+from tests import cuda_cases, cuda_linear_cases, ptxsim
 from tests.cuda_cases import Case, Problem, Shape
 
 TARGET = "sm_80"
@@ -126,6 +127,26 @@ def run(case: Case, seeds: Sequence[int]) -> Outcome:
     return outcome
 
 
+def run_linear(case: cuda_linear_cases.LinearCase, seeds: Sequence[int]) -> Outcome:
+    """A case of linear attention on all its shapes and seeds."""
+    outcome, started = Outcome(case.id), time.monotonic()
+    try:
+        ptxsim.install()
+        for shape in case.shapes:
+            cuda_linear_cases.check(case, shape, seeds)
+            outcome.shapes += 1
+        handle = cuda_linear_cases.handle_of(cuda_linear_cases.expectation(case, shape, 1).problem)
+        plan, module = handle.pipeline.forward_plans[0], handle.program.loaded
+        outcome.tile = f"chunks of {plan.chunk}" if plan.chunk > 1 else "steps"
+        outcome.registers, outcome.spill_bytes = module.registers, module.spill_bytes
+        if outcome.spill_bytes:
+            raise RuntimeError(f"{outcome.spill_bytes} bytes of registers are spilled")
+    except Exception as error:  # one kernel's failure must not hide the others'
+        outcome.error = f"{type(error).__name__}: {error}"
+    outcome.seconds = time.monotonic() - started
+    return outcome
+
+
 def table(outcomes: Sequence[Outcome]) -> list[str]:
     """The rows of docs/status.md."""
     lines = [
@@ -179,6 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--full", action="store_true", help="the full matrix, not the cover")
+    parser.add_argument("--linear", action="store_true", help="linear attention alone")
     parser.add_argument("--case", action="append", default=[], metavar="ID")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--processes", type=int, default=2)
@@ -187,7 +209,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     cases: Sequence[Case] = cuda_cases.FULL if options.full else cuda_cases.COVER
     if options.case:
-        cases = [cuda_cases.by_id(name) for name in options.case]
+        cases = [cuda_cases.by_id(name) for name in options.case if "linear" not in name]
+    linear = cuda_linear_cases.FULL if options.full else cuda_linear_cases.COVER
+    if options.case:
+        linear = tuple(case for case in linear if case.id in options.case)
+    elif options.linear:
+        cases = []
+    elif not options.full:
+        linear = ()
     seeds = range(1, options.seeds + 1)
     outcomes = []
     # Processes of their own: a fork would copy torch's threads.
@@ -199,10 +228,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.counters and outcome.counters:
                 print(f"    {summary(outcome.counters)}", flush=True)
             outcomes.append(outcome)
+        others = []
+        for outcome in pool.map(run_linear, linear, [seeds] * len(linear)):
+            state = outcome.error or f"passed, {outcome.registers} registers"
+            line = f"{outcome.id:44s} {outcome.tile:28s} {outcome.seconds:6.1f} s  {state}"
+            print(line, flush=True)
+            others.append(outcome)
     if options.record:
         record(outcomes, seeds)
-    failed = sum(bool(o.error) for o in outcomes)
-    print(f"{len(outcomes) - failed} passed, {failed} failed")
+    failed = sum(bool(o.error) for o in (*outcomes, *others))
+    print(f"{len(outcomes) + len(others) - failed} passed, {failed} failed")
     return int(failed > 0)
 
 
