@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from . import dispatch
-from .arch import ISAS
+from .arch import CUDA, ISAS
 from .backward import apply
 from .blockmask import as_mask_mod
 from .capture import captures_of_spec
+from .explain import CacheCall, explained
 from .handle import (
     Handle,
     Statistics,
@@ -202,18 +203,43 @@ def compile(
 
 
 def explain(
-    spec: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **others: torch.Tensor | None
+    spec: Any,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    lengths: Sequence[int] | None = None,
+    target: str | None = None,
+    **others: torch.Tensor | None,
 ) -> str:
     """Every stage of the call as text: traced functions, candidates with cost, plan, source.
 
-    With a LinearAttentionSpec also ``decay=`` and ``beta=``, as of ``ae.linear_attention``.
+    Args:
+        spec, q, k, v: as :func:`attention`. With a LinearAttentionSpec also ``decay=`` and
+            ``beta=``, as of ``ae.linear_attention``, and none of the following.
+        lengths: keys of each of q's sequences: the text is then about
+            :func:`attnengine.attention_with_kvcache` and its kin on caches as k and v are (q
+            [B, Hq, rows, D], k [any, Hkv, capacity, D]; v may be a view of k), and says how their
+            work is shared, by which policy and why.
+        target: a CUDA architecture, "sm_80" or "sm_86", instead of the tensors' device: its kernel
+            is compiled and described, and nothing runs, so no GPU is needed.
+
+    Raises ValueError for lengths or a target that do not fit, and what :func:`attention` raises.
     """
     if type(spec) in _EXPLAINED:
+        given = {"lengths": lengths, "target": target}
+        others |= {name: x for name, x in given.items() if x is not None}  # type: ignore[misc]
         return _EXPLAINED[type(spec)](spec, q, k, v, **others)
     if others:
         names = ", ".join(others)
         raise TypeError(f"explain: {names} given, which {type(spec).__name__} does not have")
-    return compile(spec, q, k, v, backward=False).explain()
+    if lengths is None and target is None:
+        return compile(spec, q, k, v, backward=False).explain()
+    dispatch.check_operands(q, k, v)
+    if target is not None and target not in CUDA:
+        raise ValueError(f"target={target!r}: CUDA targets are {', '.join(map(repr, CUDA))}")
+    call = None if lengths is None else CacheCall.of(q, k, v, lengths)
+    return explained(spec, q.dtype, q.shape[3], v.shape[3], target or isa_of(q), call)
 
 
 _EXPLAINED: dict[type, Callable[..., str]] = {}

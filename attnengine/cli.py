@@ -114,32 +114,36 @@ def _explain(options: Any) -> int:
     import attnengine
 
     call = variant_call.call_of(options)
-    if call.isa in CUDA:  # compiled and described; it runs elsewhere
-        print(_described(call))
-    elif call.isa is None:
+    if call.isa is None and call.lengths is None:
         print(attnengine.explain(call.spec, call.q, call.k, call.v))
+    elif call.isa in CUDA or call.lengths is not None:
+        from attnengine.explain import CacheCall, explained
+
+        on_cache = None if call.lengths is None else CacheCall.of(*call[1:4], call.lengths)
+        isa, d = call.isa or attnengine.dispatch.default_isa(), call.q.shape[3]
+        print(explained(call.spec, call.q.dtype, d, d, isa, on_cache))
     else:
         print(attnengine.compile(*call[:4], backward=False, isa=call.isa).explain())
     return 0
 
 
-def _described(call: variant_call.VariantCall) -> str:
-    from attnengine import dispatch
-    from attnengine.explain import describe
-
-    d, captures = call.q.shape[3], dispatch.captures_for(call.spec)
-    of = call.spec, captures, call.q.dtype, d, d, str(call.isa)
-    return describe(dispatch.program(*of), dispatch.pipeline(*of))
-
-
 def _plan(options: Any) -> int:
     from attnengine import dispatch
-    from attnengine.explain import describe_plans
+    from attnengine.explain import CacheCall, describe_plans
+    from attnengine.key import Form
 
     call = variant_call.call_of(options, device="meta")
     d, isa = call.q.shape[3], call.isa or dispatch.default_isa()
-    captures = dispatch.captures_for(call.spec)
-    print(describe_plans(dispatch.pipeline(call.spec, captures, call.q.dtype, d, d, isa)))
+    captures, shared, form = dispatch.captures_for(call.spec), None, Form()
+    on_cache = None if call.lengths is None else CacheCall.of(*call[1:4], call.lengths)
+    if on_cache is not None:
+        form = on_cache.form(isa)
+    p = dispatch.pipeline(call.spec, captures, call.q.dtype, d, d, isa, form)
+    if on_cache is not None:
+        shared = "a CPU kernel is asked for it: attnengine explain compiles and asks it"
+        if isa in CUDA:
+            shared = str(on_cache.schedule_on_device(p.forward_plans[0]))
+    print(describe_plans(p, shared))
     return 0
 
 

@@ -2,14 +2,94 @@
 
 from __future__ import annotations
 
-from . import library
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from . import dispatch, library
+from .arch import CUDA
 from .dispatch import Pipeline, Program
 from .ir import text
+from .key import Form
 from .plan import Cost, DeviceCost, Plan
+from .schedule import DeviceSchedule, Schedule, device_schedule, kernel_schedule
+from .spec import AttentionSpec
 
 
-def describe(program: Program, p: Pipeline) -> str:
-    """Traced functions, derivation, candidates with predicted cost, plan, source and cache path."""
+@dataclass(frozen=True)
+class CacheCall:
+    """A call on caches, as far as its kernel and its schedule depend on it: keys of each sequence,
+    the most that a cache has room for, (Hq, Hkv), query rows of each sequence, the cache's layout
+    ("BSHD" or "BHSD"), and whether v is the first columns of k."""
+
+    lengths: tuple[int, ...]
+    capacity: int
+    heads: tuple[int, int]
+    rows: int = 1
+    layout: str = "BSHD"
+    shared_kv: bool = False
+
+    @staticmethod
+    def of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int]) -> CacheCall:
+        """The call of q [B, Hq, rows, D] on caches as k and v are. Raises ValueError where the
+        lengths fit neither."""
+        if len(lengths) != q.shape[0]:
+            raise ValueError(f"lengths has {len(lengths)} sequences and q has batch {q.shape[0]}")
+        for i, n in enumerate(lengths):
+            if not 0 <= n <= k.shape[2]:
+                raise ValueError(f"lengths[{i}]={n}: k has room for 0 to {k.shape[2]} keys")
+        layout = "BSHD" if k.shape[1] > 1 and k.stride(1) < k.stride(2) else "BHSD"
+        heads = q.shape[1], k.shape[1]
+        shared = dispatch.shares_keys(k, v)
+        if k.is_meta:  # has no address
+            shared &= v is k or (v._base is not None and any(v._base is x for x in (k, k._base)))
+        return CacheCall(tuple(lengths), k.shape[2], heads, q.shape[2], layout, shared)
+
+    def form(self, isa: str) -> Form:
+        """Of the kernel that serves it."""
+        if isa not in CUDA:
+            return Form()
+        return Form.of_sequences(self.rows * (self.heads[0] // self.heads[1]), self.shared_kv)
+
+    def schedule_on_device(self, plan: Plan, multiprocessors: int | None = None) -> DeviceSchedule:
+        """How a CUDA launch shares its work; ``multiprocessors`` None: of this machine's GPU, or
+        of the one that the target is planned for."""
+        if multiprocessors is None and torch.cuda.is_available():
+            multiprocessors = torch.cuda.get_device_properties().multi_processor_count
+        known = multiprocessors or CUDA[plan.target.partition(":")[2]].multiprocessors
+        return device_schedule(plan, self.lengths, self.heads, self.rows, self.capacity, known)
+
+    def schedule(
+        self, program: Program, plan: Plan, tensors: Sequence[torch.Tensor]
+    ) -> Schedule | DeviceSchedule:
+        """How a launch shares its work, and why; of a CPU the kernel is asked."""
+        if program.is_cuda:
+            return self.schedule_on_device(plan)
+        of = tensors, self.lengths, self.heads, self.rows, self.layout
+        return kernel_schedule(program.forward(), *of, plan.split_kv)
+
+
+def explained(
+    spec: AttentionSpec,
+    element: torch.dtype,
+    d: int,
+    dv: int,
+    isa: str,
+    call: CacheCall | None = None,
+) -> str:
+    """Every stage of a spec's kernel for a target, compiled and described; it need not run here."""
+    form = Form() if call is None else call.form(isa)
+    of = spec, dispatch.captures_for(spec), element, d, dv, isa, form
+    program, p = dispatch.program(*of), dispatch.pipeline(*of)
+    plan = p.forward_plans[program.sources.candidate]
+    tensors = dispatch.bound_tensors(program, of[1])
+    return describe(program, p, None if call is None else call.schedule(program, plan, tensors))
+
+
+def describe(program: Program, p: Pipeline, shared: object = None) -> str:
+    """Traced functions, derivation, candidates with predicted cost, plan, source and cache path;
+    ``shared``: how a call shares its work, printed after the plan."""
     t = p.traced
     out = [f"attnengine kernel for {program.name}", "", "== traced =="]
     for name, node in (("mask_mod", t.mask), ("score_mod", t.score)):
@@ -46,6 +126,8 @@ def describe(program: Program, p: Pipeline) -> str:
     for kind, plans in (("forward", p.forward_plans), ("backward", p.backward_plans)):
         if plans:
             out += ["", f"== {kind} plan ==", *_plans(plans, chosen[kind])]
+    if shared is not None:
+        out += ["", "== schedule ==", str(shared)]
     out += ["", "== forward source ==", program.sources.forward]
     if program.sources.backward is not None:
         out += ["== backward source ==", program.sources.backward]
@@ -53,15 +135,17 @@ def describe(program: Program, p: Pipeline) -> str:
     return "\n".join(out)
 
 
-def describe_plans(p: Pipeline) -> str:
-    """Candidates of both kernels with predicted cost by resource, and each choice with reasons."""
+def describe_plans(p: Pipeline, shared: object = None) -> str:
+    """Candidates of both kernels with predicted cost by resource, and each choice with reasons;
+    ``shared`` as in :func:`describe`."""
     first = p.forward_plans[0]
     out = [
         f"attnengine plan for {first.element} D{first.head_dim}x{first.value_dim} {first.target}",
         "the kernel serves every batch, head count, length and stride; nothing was compiled",
         "", "== forward plan ==", *_plans(p.forward_plans), "", "== backward plan ==",
     ]  # fmt: skip
-    return "\n".join(out + (_plans(p.backward_plans) or [f"none: {p.no_backward}"]))
+    out += _plans(p.backward_plans) or [f"none: {p.no_backward}"]
+    return "\n".join(out if shared is None else [*out, "", "== schedule ==", str(shared)])
 
 
 def _plans(plans: list[Plan], chosen: int = 0) -> list[str]:

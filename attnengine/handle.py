@@ -13,11 +13,11 @@ from . import dispatch, exported, ops
 from .backward import TRANSFORMS, apply
 from .build import DeviceModule
 from .dispatch import Pipeline, Program
-from .explain import describe
+from .explain import CacheCall, describe
 from .masks import TileTable, tile_table
 from .memory import Memory, memory_of
 from .plan import Plan
-from .schedule import Schedule, kernel_schedule
+from .schedule import DeviceSchedule, Schedule
 from .spec import AttentionSpec
 
 _is_compiling = torch.compiler.is_compiling
@@ -264,22 +264,29 @@ class Handle:
         heads: tuple[int, int] = (1, 1),
         rows: int = 1,
         layout: str = "BSHD",
-    ) -> Schedule:
-        """How the CPU kernel shares the work of a call on a cache, and why; printable.
+        capacity: int | None = None,
+    ) -> Schedule | DeviceSchedule:
+        """How the work of a call on a cache is shared, and why; printable. A CUDA launch decides
+        from bounds, and what it would decide is said without one.
 
         Args:
             lengths: keys of each sequence.
             heads: (Hq, Hkv).
             rows: query rows of each sequence, at the end of its keys.
             layout: of the cache: "BSHD" as in :func:`attnengine.attention_with_kvcache`, or "BHSD".
-
-        Raises:
-            ValueError: a CUDA kernel, whose schedule is made on the device.
+            capacity: keys that the cache has room for, the bound of a CUDA launch; None: the
+                longest.
         """
-        return kernel_schedule(
-            self.program.forward(), self.tensors, lengths, heads, rows, layout,
-            self.plan.split_kv,
-        )  # fmt: skip
+        most = max(lengths, default=0) if capacity is None else capacity
+        call = CacheCall(tuple(lengths), most, heads, rows, layout)
+        plan, isa = self.plan, self.program.isa
+        if self.program.is_cuda:
+            form = call.form(isa)
+            of = self.program.element, self.head_dim, self.value_dim, isa, form
+            candidate = self.program.in_form(form).sources.candidate
+            captures = dispatch.captures_for(self.spec)
+            plan = dispatch.pipeline(self.spec, captures, *of).forward_plans[candidate]
+        return call.schedule(self.program, plan, self.tensors)
 
     def memory(
         self,

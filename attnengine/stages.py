@@ -79,13 +79,19 @@ def captures_for(spec: AttentionSpec) -> Captures:
 
 
 def pipeline(
-    spec: AttentionSpec, captures: Captures, element: torch.dtype, d: int, dv: int, isa: str
+    spec: AttentionSpec,
+    captures: Captures,
+    element: torch.dtype,
+    d: int,
+    dv: int,
+    isa: str,
+    form: Form = DENSE,
 ) -> Pipeline:
     """Run trace, derive, key, plan and source. Raises TraceError, NotImplementedError."""
     dtype = "f64" if element == torch.float64 else "f32"
 
     def stages() -> Pipeline:
-        return _after_trace(trace(spec, captures.tensors, dtype), element, d, dv, isa)
+        return _after_trace(trace(spec, captures.tensors, dtype), element, d, dv, isa, form)
 
     return clean_thread.run(stages)
 

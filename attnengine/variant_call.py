@@ -18,6 +18,7 @@ class VariantCall(NamedTuple):
     k: Any
     v: Any
     isa: str | None
+    lengths: tuple[int, ...] | None = None  # of the caches, where it is a call on caches
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,8 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, help="default: --heads")
-    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--length", type=int, help="query rows; default: 2048, with --caches 1")
     parser.add_argument("--kv-length", type=int, help="default: --length")
+    parser.add_argument(
+        "--caches", type=_lengths, metavar="N,...",
+        help="a call on caches of so many keys, one for each sequence; --kv-length is their room",
+    )  # fmt: skip
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32", "fp64"), default="bf16")
     parser.add_argument("--isa", choices=ISAS, help="default: the best of this processor")
@@ -48,9 +53,14 @@ def call_of(options: Any, device: str = "cpu") -> VariantCall:
 
     dtype = DTYPE_WORDS[options.dtype]
     kv_heads = options.heads if options.kv_heads is None else options.kv_heads
-    kv_length = options.length if options.kv_length is None else options.kv_length
-    q_size = (options.batch, options.heads, options.length, options.dim)
-    kv_size = (options.batch, kv_heads, kv_length, options.dim)
+    caches, batch, length = options.caches, options.batch, options.length
+    if length is None:
+        length = 2048 if caches is None else 1
+    room = length if caches is None else max(caches)
+    kv_length = room if options.kv_length is None else options.kv_length
+    batch = batch if caches is None else len(caches)
+    q_size = (batch, options.heads, length, options.dim)
+    kv_size = (batch, kv_heads, kv_length, options.dim)
     for name, size in zip(("batch", "heads", "length", "dim"), q_size, strict=True):
         if size < 1:
             raise ValueError(f"--{name}={size}: expected a number above 0")
@@ -58,10 +68,18 @@ def call_of(options: Any, device: str = "cpu") -> VariantCall:
         raise ValueError(f"--kv-heads={kv_heads}: expected a divisor of --heads={options.heads}")
     if kv_length < 0:
         raise ValueError(f"--kv-length={kv_length}: expected a number >= 0")
+    if caches is not None:  # [B, S, H, D], as attention_with_kvcache has them; never read
+        device = "meta"
     q = torch.randn(q_size, dtype=dtype, device=device)
     k, v = (torch.randn(kv_size, dtype=dtype, device=device) for _ in "kv")
     isa = options.target or options.isa
-    return VariantCall(_spec(options.variant, options.settings), q, k, v, isa)
+    if caches is not None:
+        k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
+    return VariantCall(_spec(options.variant, options.settings), q, k, v, isa, caches)
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.split(","))
 
 
 def _target(text: str) -> str:

@@ -74,7 +74,7 @@ class LinearBackwardChannel {
     if (!backward && !kDelta) return;
     Tile::copy(x_.tile, x_.rest, int64_t(C) * kDp);
     Products::decay_keys(x_.k, x_.tile, n, x_.keys);
-    const M *q_in = pick(x_.q_in, x_.in_nat), *k_in = pick(x_.k_in, x_.key_in_nat);
+    const M *q_in = Tile::pick(x_.q_in, x_.in_nat), *k_in = Tile::pick(x_.k_in, x_.key_in_nat);
     if (backward) {
       Products::lower_product(x_.q, q_in, x_.m, kDelta ? x_.k : nullptr, k_in, x_.kd, x_.k, x_.a,
                               x_.whole, n, x_.keys, x_.key_pairs);
@@ -85,22 +85,25 @@ class LinearBackwardChannel {
   }
 
   void queries_times(int n, const M* b, A* c) const {
-    rows_times(n, pick(x_.q_start, x_.q_nat), b, c);
+    Tile::state_times(n, Tile::pick(x_.q_start, x_.q_nat), b, c);
   }
   void keys_in_times(int n, const M* b, A* c) const {
-    rows_times(n, pick(x_.k_start, x_.start_nat), b, c);
+    Tile::state_times(n, Tile::pick(x_.k_start, x_.start_nat), b, c);
   }
   void keys_out_times(int n, const M* b, A* c) const {
-    rows_times(n, pick(x_.k_end, x_.k_nat), b, c);
+    Tile::state_times(n, Tile::pick(x_.k_end, x_.k_nat), b, c);
   }
   void add_keys(int n, const M* b, A* state) const {
-    add<GemmMode::kScale>(n, pick(x_.k_end, x_.k_row), b, state);
+    Tile::template add_to_state<GemmMode::kScale>(n, Tile::pick(x_.k_end, x_.k_row), b, state,
+                                                  x_.factor);
   }
   void add_queries(int n, const M* b, A* state) const {
-    add<GemmMode::kScale>(n, pick(x_.q_start, x_.q_row), b, state);
+    Tile::template add_to_state<GemmMode::kScale>(n, Tile::pick(x_.q_start, x_.q_row), b, state,
+                                                  x_.factor);
   }
   void add_keys_in(int n, const M* b, A* state) const {
-    add<GemmMode::kAccumulate>(n, pick(x_.k_start, x_.start_row), b, state);
+    Tile::template add_to_state<GemmMode::kAccumulate>(n, Tile::pick(x_.k_start, x_.start_row), b,
+                                                       state, x_.factor);
   }
 
   void add_z(int n, A* z) const {
@@ -165,22 +168,8 @@ class LinearBackwardChannel {
   }
 
  private:
-  static const M* pick(const A* same, const M* copy) {
-    if constexpr (X::kRounds) {
-      return copy;
-    } else {
-      return same;
-    }
-  }
   static AE_INLINE void add_to(A* p, V x) { store_vector(p, load_vector<V>(p) + x); }
 
-  static void rows_times(int n, const M* a, const M* b, A* c) {
-    Tile::template times<X::kVWidth, GemmMode::kOverwrite>(n, D, a, kDp, b, kVp, c, kVp);
-  }
-  template <GemmMode kMode>
-  void add(int n, const M* a, const M* b, A* state) const {
-    Tile::template transposed_times<X::kVWidth, kMode>(D, n, a, kDp, b, kVp, state, kVp, x_.factor);
-  }
   void add_rows(int n, const A* rows, const A* factor, A* z) const {
     for (int d = 0; d < kDp; d += W) {
       V sum = load_vector<V>(z + d) * load_vector<V>(x_.factor + d);
@@ -324,15 +313,16 @@ class LinearBackwardChannel {
     const M* keys = Tile::template by_row<kDp>(x_.tile, x_.tile_row, first);
     const int64_t at = int64_t(first) * C, in = int64_t(first) * kDp;
     A *dq = x_.tile2, *dk = x_.tile2 + kBlock * kDp;
-    Tile::template times<kDp, GemmMode::kOverwrite>(rows, first, pick(x_.dm, x_.natural) + at, C,
-                                                    keys, kDp, dq, kDp);
-    Tile::template transposed_times<kDp, kAdd>(first, rows, pick(x_.dm, x_.pairs) + at, C,
-                                               pick(x_.q_in, x_.in_row) + in, kDp, x_.e, kDp);
+    Tile::template times<kDp, GemmMode::kOverwrite>(rows, first, Tile::pick(x_.dm, x_.natural) + at,
+                                                    C, keys, kDp, dq, kDp);
+    Tile::template transposed_times<kDp, kAdd>(first, rows, Tile::pick(x_.dm, x_.pairs) + at, C,
+                                               Tile::pick(x_.q_in, x_.in_row) + in, kDp, x_.e, kDp);
     if constexpr (kDelta) {
-      Tile::template times<kDp, GemmMode::kOverwrite>(rows, first, pick(x_.da, x_.key_natural) + at,
-                                                      C, keys, kDp, dk, kDp);
-      Tile::template transposed_times<kDp, kAdd>(first, rows, pick(x_.da, x_.key_pairs_of) + at, C,
-                                                 pick(x_.k_in, x_.key_in_row) + in, kDp, x_.e, kDp);
+      Tile::template times<kDp, GemmMode::kOverwrite>(
+          rows, first, Tile::pick(x_.da, x_.key_natural) + at, C, keys, kDp, dk, kDp);
+      Tile::template transposed_times<kDp, kAdd>(
+          first, rows, Tile::pick(x_.da, x_.key_pairs_of) + at, C,
+          Tile::pick(x_.k_in, x_.key_in_row) + in, kDp, x_.e, kDp);
     }
     for (int d = 0; d < kDp; d += W) {
       V behind{};

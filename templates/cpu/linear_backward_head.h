@@ -141,7 +141,11 @@ class LinearBackwardStep {
         store_vector(x_.dv + i, x * x_.beta[t]);
       }
     }
-    solve_unit_lower<A, C, kVp>(x_.minus, x_.inverse, n, x_.dv, written);
+    if (Tile::any_bad(x_.dv, n, kVWidth, kVp)) {
+      solve_by_rows<A, C, kVp>(x_.minus, n, x_.dv, written);
+    } else {
+      solve_unit_lower<A, C, kVp>(x_.minus, x_.inverse, n, x_.dv, written);
+    }
     Tile::clear(written + int64_t(n) * kVp, int64_t(C - n) * kVp);
   }
   // From dW in dv: y, dA, dbeta, and dv = beta y.
@@ -149,7 +153,12 @@ class LinearBackwardStep {
                                                  int64_t c) const {
     const int n = at.n;
     A* y = x_.solved;
-    solve_unit_lower<A, C, kVp, true>(x_.minus, x_.inverse, n, x_.dv, y);
+    if (Tile::any_bad(x_.dv, n, kVWidth, kVp)) {
+      Tile::copy(y, x_.dv, int64_t(n) * kVp);
+      Tile::template solve_transposed_by_rows<kVp>(n, x_.minus, y);
+    } else {
+      solve_unit_lower<A, C, kVp, true>(x_.minus, x_.inverse, n, x_.dv, y);
+    }
     Tile::clear(y + int64_t(n) * kVp, int64_t(C - n) * kVp);
     const M* y_nat = Tile::natural(y, x_.dout_nat, C * kVp);
     Tile::lower_scores(n, X::kDv, y_nat, kVp, x_.v_col, x_.da);
@@ -238,6 +247,13 @@ class LinearBackwardStep {
 
   // dW into dv.
   void written_gradients(int n, const Head& head) const {
+    keys_.keys_out_times(n, Tile::template by_row<kVp>(head.state, x_.state_row, D), x_.dv);
+    if (Tile::any_bad(x_.dout, n, kVWidth, kVp)) {
+      scale_rows(n, x_.gates.f, x_.dv);
+      Tile::template lower_transposed_by_rows<kVp>(n, x_.m, kNormalizer ? x_.inverse_den : nullptr,
+                                                   x_.dout, x_.dv);
+      return;
+    }
     const M* pairs = x_.pairs;
     if constexpr (kNormalizer) {
       Tile::template by_scaled_row<C>(x_.m, x_.pairs, n, x_.inverse_den);
@@ -245,7 +261,6 @@ class LinearBackwardStep {
       pairs = Tile::template by_row<C>(x_.m, x_.pairs, n);
     }
     const M* rows = Tile::template by_row<kVp>(x_.dout, x_.dout_row, n);
-    keys_.keys_out_times(n, Tile::template by_row<kVp>(head.state, x_.state_row, D), x_.dv);
     Tile::template lower_transposed_times<kVWidth, GemmMode::kScale>(n, pairs, rows, kVp, x_.dv,
                                                                      kVp, x_.gates.f);
   }

@@ -26,6 +26,7 @@ class LinearBackwardShared {
   // ---- of the key head ----
   void load_keys(const LinearAt& at) const {
     io_.load_k(at, x_.k);
+    k_bad_ = Tile::any_bad(x_.k, at.n, kDp, kDp);
     const M* nat = Tile::natural(x_.k, x_.k_nat, C * kDp);
     Tile::template by_row<kDp>(x_.k, x_.k_row, C);
     Tile::template by_column<kDp>(nat, kDp, x_.k_col);
@@ -33,6 +34,7 @@ class LinearBackwardShared {
   }
   void load_queries(const LinearAt& at) const {
     io_.load_q(at, x_.q);
+    q_bad_ = Tile::any_bad(x_.q, at.n, kDp, kDp);
     const M* nat = Tile::natural(x_.q, x_.q_nat, C * kDp);
     Tile::template by_row<kDp>(x_.q, x_.q_row, C);
     Tile::lower_scores(at.n, D, nat, kDp, x_.k_col, x_.qk);
@@ -47,13 +49,11 @@ class LinearBackwardShared {
   void finish(const LinearAt& at) const {
     transpose_tile(x_.dq, kDp, x_.dq_t, C, kDp, C);
     transpose_tile(x_.dk, kDp, x_.dk_t, C, kDp, C);
-    const M* nat = Tile::natural(x_.sum_qk, x_.natural, C * C);
-    Tile::template lower_times<kDp>(at.n, nat, k_row(), kDp, x_.dq, kDp);
-    add_transposed(at.n, x_.sum_qk, q_row());
+    add_lower(at.n, x_.sum_qk, x_.k, k_row(), k_bad_, x_.dq);
+    add_transposed(at.n, x_.sum_qk, x_.q, q_row(), q_bad_);
     if constexpr (X::kDelta) {
-      nat = Tile::natural(x_.sum_kk, x_.natural, C * C);
-      Tile::template lower_times<kDp>(at.n, nat, k_row(), kDp, x_.dk, kDp);
-      add_transposed(at.n, x_.sum_kk, k_row());
+      add_lower(at.n, x_.sum_kk, x_.k, k_row(), k_bad_, x_.dk);
+      add_transposed(at.n, x_.sum_kk, x_.k, k_row(), k_bad_);
     }
   }
 
@@ -72,18 +72,20 @@ class LinearBackwardShared {
   }
 
   // Products of rows of q or k with the state or U; rows still lack gates.e, or gates.f.
-  void queries_times(int n, const M* b, A* c) const { rows_times(n, q_nat(), b, c); }
-  void keys_in_times(int n, const M* b, A* c) const { rows_times(n, k_nat(), b, c); }
-  void keys_out_times(int n, const M* b, A* c) const { rows_times(n, k_nat(), b, c); }
+  void queries_times(int n, const M* b, A* c) const { Tile::state_times(n, q_nat(), b, c); }
+  void keys_in_times(int n, const M* b, A* c) const { Tile::state_times(n, k_nat(), b, c); }
+  void keys_out_times(int n, const M* b, A* c) const { Tile::state_times(n, k_nat(), b, c); }
 
   // state = factor state + keys^T b, and the same for U with q; U += keys^T b. Rows of b have had
   // their gates.
-  void add_keys(int n, const M* b, A* state) const { add<GemmMode::kScale>(n, k_row(), b, state); }
+  void add_keys(int n, const M* b, A* state) const {
+    Tile::template add_to_state<GemmMode::kScale>(n, k_row(), b, state, x_.factor);
+  }
   void add_queries(int n, const M* b, A* state) const {
-    add<GemmMode::kScale>(n, q_row(), b, state);
+    Tile::template add_to_state<GemmMode::kScale>(n, q_row(), b, state, x_.factor);
   }
   void add_keys_in(int n, const M* b, A* state) const {
-    add<GemmMode::kAccumulate>(n, k_row(), b, state);
+    Tile::template add_to_state<GemmMode::kAccumulate>(n, k_row(), b, state, x_.factor);
   }
 
   // z = factor z + sum of keys, dz = factor dz + sum of q times x[t].
@@ -148,26 +150,18 @@ class LinearBackwardShared {
 
  private:
   const A* decays() const { return X::kScalar ? x_.gates.a : nullptr; }
-  const M* q_nat() const { return pick(x_.q, x_.q_nat); }
-  const M* k_nat() const { return pick(x_.k, x_.k_nat); }
-  const M* q_row() const { return pick(x_.q, x_.q_row); }
-  const M* k_row() const { return pick(x_.k, x_.k_row); }
-  static const M* pick(const A* same, const M* copy) {
-    if constexpr (X::kRounds) {
-      return copy;
-    } else {
-      return same;
-    }
-  }
+  const M* q_nat() const { return Tile::pick(x_.q, x_.q_nat); }
+  const M* k_nat() const { return Tile::pick(x_.k, x_.k_nat); }
+  const M* q_row() const { return Tile::pick(x_.q, x_.q_row); }
+  const M* k_row() const { return Tile::pick(x_.k, x_.k_row); }
 
-  static void rows_times(int n, const M* a, const M* b, A* c) {
-    Tile::template times<X::kVWidth, GemmMode::kOverwrite>(n, D, a, kDp, b, kVp, c, kVp);
+  // to += sums b, dk += sums^T b; b as rows of x, which may be `bad`.
+  void add_lower(int n, const A* sums, const A* x, const M* b, bool bad, A* to) const {
+    if (bad) return Tile::template lower_by_rows<kDp>(n, sums, x, to);
+    Tile::template lower_times<kDp>(n, Tile::natural(sums, x_.natural, C * C), b, kDp, to, kDp);
   }
-  template <GemmMode kMode>
-  void add(int n, const M* a, const M* b, A* state) const {
-    Tile::template transposed_times<X::kVWidth, kMode>(D, n, a, kDp, b, kVp, state, kVp, x_.factor);
-  }
-  void add_transposed(int n, const A* sums, const M* b) const {
+  void add_transposed(int n, const A* sums, const A* x, const M* b, bool bad) const {
+    if (bad) return Tile::template lower_transposed_by_rows<kDp>(n, sums, nullptr, x, x_.dk);
     const M* pairs = Tile::template by_row<C>(sums, x_.pairs, n);
     Tile::template lower_transposed_times<kDp, GemmMode::kAccumulate>(n, pairs, b, kDp, x_.dk, kDp);
   }
@@ -244,6 +238,7 @@ class LinearBackwardShared {
 
   const Operands& io_;
   LinearBackwardScratch<Plan>& x_;
+  mutable bool q_bad_ = false, k_bad_ = false;  // q or k of the chunk holds Inf or NaN
 };
 
 }  // namespace ae

@@ -26,6 +26,14 @@ struct LinearTile {
       return x;
     }
   }
+  // What natural or by_row of `same` has given.
+  static const M* pick(const A* same, const M* copy) {
+    if constexpr (X::kRounds) {
+      return copy;
+    } else {
+      return same;
+    }
+  }
   // A B operand over `rows` rows of `kPitch` accumulators.
   template <int kPitch>
   __attribute__((noinline)) static const M* by_row(const A* x, M* room, int rows) {
@@ -65,6 +73,15 @@ struct LinearTile {
                                int ldc, const A* factor = nullptr) {
     gemm<A, M, N, kMode>(m, steps(k), a, kPair, kPair * pitch, b, ldb, c, ldc, factor);
   }
+  // Rows of q or k, natural, times a state by row; and state = factor state + rows^T b, from rows
+  // of q or k as a B operand holds them.
+  static void state_times(int n, const M* rows, const M* state, A* c) {
+    times<X::kVWidth, GemmMode::kOverwrite>(n, X::kD, rows, X::kDp, state, X::kVp, c, X::kVp);
+  }
+  template <GemmMode kMode>
+  static void add_to_state(int n, const M* rows, const M* b, A* state, const A* factor) {
+    transposed_times<X::kVWidth, kMode>(X::kD, n, rows, X::kDp, b, X::kVp, state, X::kVp, factor);
+  }
 
   // c[n][C] = a b for the columns that rows reach, up to the diagonal; what is above may be
   // anything.
@@ -99,6 +116,40 @@ struct LinearTile {
     }
   }
 
+  // ---- the same where x holds Inf or NaN ----
+  // Products with the zeros above the diagonal would carry those to tokens that they do not reach.
+  static bool any_bad(const A* x, int n, int width, int pitch) {
+    V seen{};
+    for (int i = 0; i < n; ++i) {
+      for (int d = 0; d < width; d += W) seen += load_vector<V>(x + int64_t(i) * pitch + d) * A(0);
+    }
+    return hsum(seen) != A(0);
+  }
+  // c[t] += sum of l[t][s] x[s] over s <= t, and c[s] += sum of l[t][s] factor[t] x[t] over t >= s.
+  template <int kPitch>
+  __attribute__((noinline)) static void lower_by_rows(int n, const A* l, const A* x, A* c) {
+    for (int t = 0; t < n; ++t) {
+      for (int s = 0; s <= t; ++s) add_row<kPitch>(l[t * C + s], x, s, c, t);
+    }
+  }
+  template <int kPitch>
+  __attribute__((noinline)) static void lower_transposed_by_rows(int n, const A* l, const A* factor,
+                                                                 const A* x, A* c) {
+    for (int s = 0; s < n; ++s) {
+      for (int t = s; t < n; ++t) {
+        add_row<kPitch>(factor == nullptr ? l[t * C + s] : l[t * C + s] * factor[t], x, t, c, s);
+      }
+    }
+  }
+  // x of (I - L)^T x = b, in place.
+  template <int kPitch>
+  __attribute__((noinline)) static void solve_transposed_by_rows(int n, const A* minus, A* x) {
+    for (int s = n - 2; s >= 0; --s) {
+      for (int t = s + 1; t < n; ++t) add_row<kPitch>(minus[t * C + s], x, t, x, s);
+    }
+  }
+
+  // ---- the gradient of scalar decay ----
   // sums[r] = sum of w[t][s] over s < r <= t: no term is taken back, so nothing cancels. Rows are
   // filled up to the vector of the diagonal, with zeros behind s = t; a diagonal element counts
   // nowhere.
@@ -115,6 +166,16 @@ struct LinearTile {
       const V x = load_vector<V>(column + j) + load_vector<V>(w + t * C + j);
       store_vector(column + j, x);
       sums[t] = hsum(V(total + first_lanes<A>(x, t - j)));
+    }
+  }
+
+ private:
+  // Row `to` of c += factor times row `from` of x.
+  template <int kPitch>
+  static AE_INLINE void add_row(A factor, const A* x, int from, A* c, int to) {
+    for (int d = 0; d < kPitch; d += W) {
+      A* p = c + int64_t(to) * kPitch + d;
+      store_vector(p, load_vector<V>(p) + factor * load_vector<V>(x + int64_t(from) * kPitch + d));
     }
   }
 };

@@ -174,6 +174,19 @@ def test_plan_compiles_nothing(
     assert not list(store.entries.glob("[0-9a-f][0-9a-f]/*"))
 
 
+def test_plan_of_caches_prints_their_schedule(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", "causal", "--caches", "700,65536", "--heads", "16", "--kv-heads", "2"]
+    assert cli.main([*words, "--dim", "128", "--target", "sm80"]) == 0
+    out = capsys.readouterr().out
+    assert "chosen: 16 x 32, " in out and "segments" in out
+    assert "4 outputs of at most 2048 tiles, " in out and "  -> split: " in out
+    assert cli.main([*words, "--isa", "avx2"]) == 0
+    assert "== schedule ==\na CPU kernel is asked for it" in capsys.readouterr().out
+    assert not list(store.entries.glob("[0-9a-f][0-9a-f]/*"))
+
+
 def test_plan_of_a_spec_without_a_gradient(
     store: Store, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 import attnengine as ae
 from attnengine import arch, dispatch, gate, library, nvcc, plan_cuda, program, serialize, target
 from attnengine.capture import captures_of_spec
+from attnengine.explain import CacheCall, describe_plans
 from attnengine.key import Form
 from attnengine.plan import Plan
 from tests import ptxsim
@@ -235,6 +236,37 @@ def test_forms() -> None:
     assert plan.slot_bytes == 0 and any("never split" in reason for reason in plan.reasons)
     with pytest.raises(ValueError, match="decode_rows=24"):
         Form(24, True)
+
+
+def test_plan_of_a_call_on_caches() -> None:
+    """What a launch would do with its bounds, and with the lengths, without a GPU."""
+    q = torch.empty(4, 8, 1, 128, dtype=torch.bfloat16, device="meta")
+    k = torch.empty(4, 1 << 17, 2, 128, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    call = CacheCall.of(q, k, torch.empty_like(k), [1 << 17, 700, 0, 9000])
+    assert call.layout == "BSHD" and call.form("sm_80") == Form(16, True)
+    assert call.form("avx2") == Form() and CacheCall.of(q, k, k[..., :64], [0] * 4).shared_kv
+    of = torch.bfloat16, 128, 128, "sm_80", call.form("sm_80")
+    spec = ae.AttentionSpec()
+    p = dispatch.pipeline(spec, captures_of_spec(spec), *of)
+    found = call.schedule_on_device(p.forward_plans[0], 132)
+    assert found.choice.policy == "stream-K" and found.made.outputs == 8
+    lines = str(found).splitlines()
+    assert lines[0] == f"an output: 4 rows of a head of K and V; a tile: {found.tile_keys} keys"
+    assert lines[1].startswith(f"8 outputs of at most {(1 << 17) // found.tile_keys} tiles, ")
+    assert "  -> stream-K: " in lines[5] and "6 outputs merged" in lines[5]
+    assert lines[6].startswith("these lengths: ") and "if the host knew them" in lines[6]
+    short = CacheCall((600,), 600, (8, 2)).schedule_on_device(p.forward_plans[0], 132)
+    assert short.choice.policy == "split" and "parts per output" in str(short)
+    text = describe_plans(p, found)
+    assert text.index("== forward plan ==") < text.index("== schedule ==\n" + lines[0])
+    unmerged = pipeline(ae.AttentionSpec(row_func=UserSoftmax()))
+    with pytest.raises(ValueError, match=r"lengths\[1\]=-1: k has room for 0 to 131072 keys"):
+        CacheCall.of(q, k, k, [0, -1, 0, 0])
+    with pytest.raises(ValueError, match="lengths has 1 sequences and q has batch 4"):
+        CacheCall.of(q, k, k, [1])
+    meaning = serialize.load(unmerged.sources.meaning)
+    whole = dispatch.regenerated(meaning, "sm_80", Form(16, True)).forward_plans[0]
+    assert "outputs stay whole" in str(call.schedule_on_device(whole))
 
 
 def test_old_devices_are_refused() -> None:

@@ -336,3 +336,17 @@ def test_exported_decoder_keeps_its_cache(strict: bool, tmp_path: pathlib.Path) 
             same(loaded(q, k, v, n // 2), mine(q, k, v, n // 2))
             assert torch.equal(loaded.k_cache, mine.k_cache)
             assert torch.equal(loaded.v_cache, mine.v_cache)
+
+
+def test_explain_of_a_call_on_caches(plain: ae.Handle) -> None:
+    """Its kernel, and how the work of these lengths is shared, as the handle says it."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(2, HQ, 1, D, generator=g)
+    k, v = (torch.randn(2, 9000, HKV, d, generator=g).transpose(1, 2) for d in (D, DV))
+    text = ae.explain(plain.spec, q, k, v, lengths=[9000, 17])
+    schedule = plain.schedule([9000, 17], heads=(HQ, HKV))
+    assert f"== schedule ==\n{schedule}\n" in text and "an output: " in str(schedule)
+    with pytest.raises(ValueError, match=r"lengths\[0\]=9001: k has room for 0 to 9000 keys"):
+        ae.explain(plain.spec, q, k, v, lengths=[9001, 17])
+    with pytest.raises(ValueError, match="target='sm_70': CUDA targets are 'sm_80', 'sm_86'"):
+        ae.explain(plain.spec, q, k, v, target="sm_70")
