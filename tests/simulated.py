@@ -1,11 +1,12 @@
 """Runs the CUDA cases of tests/cuda_cases.py in the PTX simulator: numerics, reports, counters.
 
-    python -m tests.simulated [--full] [--linear] [--case ID ...] [--seeds N] [--counters] [--record]
+    python -m tests.simulated [--full] [--linear] [--case ID ...] [--seeds N] [--counters]
+                              [--record]
 
 prints one line per kernel. --full runs linear attention's, too; --linear those alone
-(tests/cuda_linear_cases.py). --counters adds what its launch on the first shape did. --record writes
-bench/results/simulated.json and the table of docs/status.md, which tests compare with it. Exit
-status 1 if any kernel fails. ``make test-full`` runs the full matrix and records it.
+(tests/cuda_linear_cases.py). --counters adds what its launch on the first shape did. --record
+writes bench/results/simulated.json and the table of docs/status.md, which tests compare with it.
+Exit status 1 if any kernel fails. ``make test-full`` runs the full matrix and records it.
 """
 
 from __future__ import annotations
