@@ -63,8 +63,9 @@ def token_statistics_attention(
 
     Sums are in float32, float64 for float64, in one order: the bits do not depend on the number of
     threads. A causal call with sequences for every thread reads w once; others read it three times,
-    in pieces that caches hold where sequences are short enough. Beside y, a call takes a few percent of w as scratch; with a
-    gradient it keeps 4 (N / 64) h (2d + 80) bytes. Gradients for w, temp and denom_bias, once.
+    from caches where sequences are short enough. Beside y, a call takes scratch of a few percent of
+    w; with a gradient it keeps (N / 64 + 1) h (2d + 80) numbers of float32 for a row of the batch
+    (not causal: N h + 2 h d). Gradients for w, temp and denom_bias, once.
 
     Raises:
         ValueError: shapes, or values of cu_seqlens, that do not fit; denom_bias without causal.
