@@ -37,6 +37,7 @@ test:
 # The CUDA kernels that `make test` leaves out: every combination of row function, mask and score_mod.
 test-full: test
 	$(BIN)/python -m tests.simulated --full --record
+	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/numerics/test_cuda_decode.py --orders 3
 
 cpp-tests: $(STAMPS)/installed
 	cmake -S . -B build/cpp -G Ninja

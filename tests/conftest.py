@@ -37,6 +37,12 @@ def _count_modules() -> Iterator[None]:
         yield
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--orders", type=int, default=1, help="orders of execution of each simulated decode call"
+    )
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     _running.append(item.nodeid.split("::")[0])

@@ -3,6 +3,7 @@ rows; every policy of the segment schedule, with outputs cut at all kinds of pla
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,6 +35,26 @@ def simulator() -> Iterator[None]:
     ptxsim.install()
     yield
     library.host.set_schedule_policy(-1)
+
+
+@dataclass
+class Orders:
+    """Orders of execution: of every test, layout and policy others, the same in every run."""
+
+    case: str = ""
+    count: int = 1  # --orders: of each call
+
+    def seed(self, what: str) -> None:
+        ptxsim.seed(zlib.crc32(f"{self.case} {what}".encode()))
+
+
+orders = Orders()
+
+
+@pytest.fixture(autouse=True)
+def case(request: pytest.FixtureRequest) -> None:
+    orders.case, orders.count = request.node.name, request.config.getoption("--orders")
+    orders.seed("")
 
 
 class MergedSoftmax(UserSoftmax):
@@ -233,18 +254,18 @@ def every(
     policies: Sequence[str] = tuple(POLICIES),
     device: str = "cpu",
 ) -> None:
-    """All layouts with all policies, each in another order of execution."""
-    seed = 0
+    """All layouts with all policies, each in other orders of execution."""
     for layout in layouts:
         call = LAYOUTS[layout](x).to(device)
         for name in policies:
-            seed += 1
             library.host.set_schedule_policy(*POLICIES[name])
-            ptxsim.seed(seed % 3)
-            try:
-                x.check(call)
-            except (gate.GateError, RuntimeError) as error:
-                raise AssertionError(f"{layout}, {name}: {error}") from None
+            for number in range(orders.count):
+                order = f"{layout} {name} {number}"
+                orders.seed(order)
+                try:
+                    x.check(call)
+                except (gate.GateError, RuntimeError) as error:
+                    raise AssertionError(f"{order}: {error}") from None
 
 
 def causal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
