@@ -13,7 +13,9 @@ from ..target import isa_of
 from . import dispatch
 from .arguments import check_arguments
 from .handle import LinearHandle
+from .request import LinearRequest
 from .spec import LinearAttentionSpec
+from .stages import Sizes, request_of
 
 _PLAIN = LinearAttentionSpec()
 _is_compiling = torch.compiler.is_compiling
@@ -141,7 +143,7 @@ def _call(
     if _autocast():
         q, k, v = _cast(q, k, v)
     handle = _traced_handle(q, k, v, spec, decay, beta, state, cu_seqlens)
-    return handle.trace((q, k, v, decay, beta, state, cu_seqlens), want_state)
+    return handle.trace(q, k, v, decay, beta, state, cu_seqlens, want_state)
 
 
 def _cast(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
@@ -188,7 +190,7 @@ def _handle(
 
 def _checked(
     q: Any, k: Any, v: Any, spec: Any, decay: Any, beta: Any, state: Any, cu_seqlens: Any
-) -> tuple[dispatch.LinearRequest, dispatch.Sizes]:
+) -> tuple[LinearRequest, Sizes]:
     """Which kernel a call needs, and the sizes that its hooks are traced with."""
     if isinstance(state, Tensor) and state.is_floating_point() and isinstance(q, Tensor):
         state = state.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
@@ -196,14 +198,14 @@ def _checked(
         q, k, v, spec, decay=decay, beta=beta, initial_state=state, cu_seqlens=cu_seqlens
     )
     dispatch.check_place(q)
-    request = dispatch.request_of(a, q, spec.normalizer == "sum")
+    request = request_of(a, q, spec.normalizer == "sum")
     return request, (a.B, a.Hk, a.H, a.L)
 
 
 def _bound(
     spec: LinearAttentionSpec,
     captures: Captures,
-    checked: tuple[dispatch.LinearRequest, dispatch.Sizes],
+    checked: tuple[LinearRequest, Sizes],
     isa: str,
 ) -> tuple[dispatch.LinearProgram, list[Tensor]]:
     request, sizes = checked
@@ -226,6 +228,25 @@ def _traced_handle(
     raise RuntimeError(COLD)
 
 
+def prepare(
+    spec: LinearAttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    backward: bool | None = None,
+) -> LinearHandle:
+    """``ae.compile`` of a LinearAttentionSpec: its kernels for such operands, made now."""
+    with torch.set_grad_enabled(backward is not False and torch.is_grad_enabled()):
+        handle = _handle(q, k, v, spec, decay, beta, None, None)
+    if backward:
+        handle.program.both()
+    handle.ready = handle.program.backward_id >= 0
+    return handle
+
+
 def explain(
     spec: LinearAttentionSpec,
     q: Tensor,
@@ -236,7 +257,7 @@ def explain(
     beta: Tensor | None = None,
 ) -> str:
     """Every stage of the call as text: hooks, candidates with cost, plan, source."""
-    return _handle(q, k, v, spec, decay, beta, None, None).explain()
+    return prepare(spec, q, k, v, decay=decay, beta=beta, backward=False).explain()
 
 
 explains(LinearAttentionSpec, explain)

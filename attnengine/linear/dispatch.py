@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,68 +17,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import build, cache, clean_thread, dispatch, library
+from .. import build, cache, dispatch, library
 from ..arch import CUDA
-from ..aten import Unsupported
 from ..capture import Captures, captures_of, stable_text
-from ..errors import KernelUnavailable, TraceError
-from ..ir import DTYPE_NAMES, TORCH_DTYPES
+from ..errors import KernelUnavailable
+from ..ir import TORCH_DTYPES
 from ..target import default_isa
 from . import serialize
-from .arguments import LinearArguments
 from .elementwise import SIZES
-from .key import LinearKey, linear_key
-from .plan import LinearPlan, linear_candidates
-from .plan_cuda import NO_GRADIENT, linear_cuda_candidates
+from .plan_cuda import NO_GRADIENT
 from .request import LinearRequest
-from .source import linear_source
-from .source_cuda import linear_cuda_source
 from .spec import HOOKS, LinearAttentionSpec
-from .trace import TracedLinear, trace_linear
-from .unbroadcast import Place, places_of
+from .stages import LinearSources, Sizes, pipeline, regenerated
+from .stages import request_of as request_of
 
 _MEMO_VERSION = 1
-Sizes = tuple[int, int, int, int]  # B, Hk, H, L: as elementwise.SIZES
-
-
-@dataclass(frozen=True)
-class LinearSources:
-    """What generation produced for one program: all that a later process needs."""
-
-    forward: str
-    backward: str | None
-    no_backward: str  # why there is no backward, for the error
-    positions: tuple[int, ...]  # capture number -> position in the spec's captured tensors
-    captures: tuple[tuple[str, int], ...]  # dtype and rank of each
-    # (hook, capture, where it is read) of each hook gradient, in their order
-    hook_grads: tuple[tuple[str, int, tuple[Place, ...]], ...]
-    pins: tuple[tuple[str, int], ...]  # sizes of a call that the graphs depend on
-    key: str
-    meaning: str  # the program as text: what an exported graph carries
-
-    def to_json(self) -> str:
-        return json.dumps(self.__dict__)
-
-    @staticmethod
-    def from_json(text: str) -> LinearSources:
-        data = json.loads(text)
-        data["positions"] = tuple(data["positions"])
-        for name in ("captures", "pins"):
-            data[name] = tuple((a, b) for a, b in data[name])
-        data["hook_grads"] = tuple((hook, n, tuple(at)) for hook, n, at in data["hook_grads"])
-        return LinearSources(**data)
-
-
-@dataclass(frozen=True)
-class LinearPipeline:
-    """Every stage of one program, for ``explain``."""
-
-    traced: TracedLinear
-    forward_key: LinearKey
-    backward_key: LinearKey | None
-    forward_plans: list[LinearPlan]
-    backward_plans: list[LinearPlan]
-    sources: LinearSources
 
 
 @dataclass
@@ -139,6 +91,12 @@ class LinearProgram:
         """Numbers of the captured tensors that get gradients, ascending."""
         return sorted({number for _, number, _ in self.sources.hook_grads})
 
+    @property
+    def differentiable(self) -> list[int]:
+        """Numbers of the captured tensors that a call looks at to know if it needs a gradient."""
+        has_gradient = self.sources.backward is not None
+        return self.trainable if has_gradient else list(range(len(self.sources.captures)))
+
     def fits(self, sizes: Sizes) -> bool:
         """Whether the traced hooks mean the same for a call of these sizes."""
         return all(sizes[SIZES.index(name)] == size for name, size in self.sources.pins)
@@ -186,72 +144,6 @@ _REMEDY = (
     "call this spec once where there is a compiler, with ATTNENGINE_CACHE_DIR set, and ship that "
     "folder; or unset ATTNENGINE_DISABLE_JIT and install a C++ compiler"
 )
-
-
-# ------------------------------------------------------------------------------------- the stages
-
-
-def request_of(a: LinearArguments, q: Tensor, normalizer: bool) -> LinearRequest:
-    """Which kernel serves a call, beside its hooks."""
-    return LinearRequest(
-        DTYPE_NAMES[q.dtype],
-        a.D,
-        a.Dv,
-        a.decay_kind,
-        None if a.decay is None else DTYPE_NAMES[a.decay.dtype],
-        None if a.beta is None else DTYPE_NAMES[a.beta.dtype],
-        normalizer,
-    )
-
-
-def pipeline(
-    spec: LinearAttentionSpec, captures: Captures, request: LinearRequest, sizes: Sizes, isa: str
-) -> LinearPipeline:
-    """Run trace, key, plan and source. Raises TraceError, NotImplementedError."""
-
-    def stages() -> LinearPipeline:
-        traced = trace_linear(spec, request, sizes, captures.tensors)
-        return _after_trace(traced, isa)
-
-    return clean_thread.run(stages)
-
-
-def regenerated(traced: TracedLinear, isa: str) -> LinearPipeline:
-    """Key, plan and source of a program that was read. Raises NotImplementedError."""
-    return clean_thread.run(lambda: _after_trace(traced, isa))
-
-
-def _after_trace(traced: TracedLinear, isa: str) -> LinearPipeline:
-    meaning = serialize.dump(traced)
-    forward_key = linear_key("forward", traced)
-    if isa in CUDA:
-        return _cuda_pipeline(traced, forward_key, meaning, isa)
-    forward_plans = linear_candidates(forward_key, traced, isa)
-    forward = linear_source(traced, forward_plans[0], forward_key)
-    backward_key, backward, why = None, None, ""
-    backward_plans: list[LinearPlan] = []
-    grads: tuple[tuple[str, int, tuple[Place, ...]], ...] = ()
-    try:
-        backward_key = linear_key("backward", traced)
-        backward_plans = linear_candidates(backward_key, traced, isa)
-        backward = linear_source(traced, backward_plans[0], backward_key)
-        grads = tuple((g.hook, g.capture, places_of(g)) for g in traced.hook_grads)
-    except (TraceError, Unsupported) as error:
-        backward, why = None, str(error)
-    sources = LinearSources(
-        forward, backward, why, traced.positions, forward_key.captures,
-        grads, tuple(traced.pins.items()), forward_key.digest(), meaning,
-    )  # fmt: skip
-    return LinearPipeline(traced, forward_key, backward_key, forward_plans, backward_plans, sources)
-
-
-def _cuda_pipeline(traced: TracedLinear, key: LinearKey, meaning: str, isa: str) -> LinearPipeline:
-    plans = linear_cuda_candidates(key, traced, isa)
-    sources = LinearSources(
-        linear_cuda_source(traced, plans[0], key), None, NO_GRADIENT, traced.positions,
-        key.captures, (), tuple(traced.pins.items()), key.digest(), meaning,
-    )  # fmt: skip
-    return LinearPipeline(traced, key, None, list(plans), [], sources)
 
 
 # ----------------------------------------------------------------------------------- what is known
@@ -405,8 +297,3 @@ def _generated(text: str) -> LinearProgram:
         sources = regenerated(meaning.traced, isa).sources
         cache.text_put("export", memo, sources.to_json())
     return LinearProgram(f"exported {label(request, isa)}", request, isa, sources, ())
-
-
-def dtypes(request: LinearRequest) -> tuple[torch.dtype, torch.dtype]:
-    """(of q, k, v and out; of states and sums)"""
-    return TORCH_DTYPES[request.element], TORCH_DTYPES[request.accumulator]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from .. import library
 from ..ir import text
-from .dispatch import LinearPipeline, LinearProgram
+from .dispatch import LinearProgram
 from .plan import LinearPlan
+from .stages import LinearPipeline
 
 
 def describe(program: LinearProgram, p: LinearPipeline) -> str:

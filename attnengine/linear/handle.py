@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from .. import exported
+from ..ir import DTYPE_NAMES
 from . import dispatch, ops
 from .arguments import check_arguments
-from .dispatch import LinearPipeline, LinearProgram
+from .dispatch import LinearProgram
 from .explain import describe
 from .spec import LinearAttentionSpec
+from .stages import LinearPipeline, Sizes, dtypes, pipeline
 
 _grad_enabled = torch.is_grad_enabled
 _forward_ad = torch.autograd.forward_ad
@@ -27,7 +29,8 @@ def _kinds(tensors: Sequence[Tensor]) -> list[tuple]:
 class LinearHandle:
     """One spec, one kind of operands (dtypes, head dims, kind of decay): any B, H, L, strides.
 
-    Kept on the spec by :func:`attnengine.linear_attention`.
+    Made by :func:`attnengine.compile`, and kept on the spec for
+    :func:`attnengine.linear_attention`.
     """
 
     def __init__(
@@ -35,19 +38,19 @@ class LinearHandle:
         spec: LinearAttentionSpec,
         program: LinearProgram,
         tensors: Sequence[Tensor],
-        sizes: dispatch.Sizes,
+        sizes: Sizes,
     ) -> None:
         self.spec, self.program = spec, program
         self.sizes = sizes  # of the call that it was made for
         self._pipeline: LinearPipeline | None = None
         self.tensors = list(tensors)
         request = program.request
-        self.element, self.acc = dispatch.dtypes(request)
+        self.element, self.acc = dtypes(request)
         self.scale = request.d**-0.5 if spec.scale is None else spec.scale
         self.columns = request.dv + (1 if request.normalizer else 0)
         self.id = program.forward()
         self.ready = program.backward_id >= 0  # the gradient's kernel is loaded
-        self.capture_grads = any(self.tensors[i].requires_grad for i in program.trainable)
+        self.capture_grads = any(self.tensors[i].requires_grad for i in program.differentiable)
         # Floating captures without gradient: one that is later told to require grad needs another
         # kernel, so calls look at them.
         self.frozen = tuple(
@@ -57,6 +60,31 @@ class LinearHandle:
         self.pinned = bool(program.sources.pins)  # the hooks depend on sizes
         self.key, self.portable = program.short_key, program.portable
         ops.register(program)
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        decay: Tensor | None = None,
+        beta: Tensor | None = None,
+        initial_state: Tensor | None = None,
+        output_final_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> Any:
+        """As :func:`attnengine.linear_attention` with its spec. Raises ValueError for operands of
+        another kind than those that it was made for."""
+        if not self.fits(q, v, decay, beta) or self.thawed():
+            raise ValueError(
+                f"q {list(q.shape)} {q.dtype}, v {list(v.shape)}, decay, beta or a captured tensor "
+                f"is not of the kind that this handle was made for ({self.program.name}); call "
+                "attnengine.compile again, or attnengine.linear_attention"
+            )
+        operands = q, k, v, decay, beta, initial_state, cu_seqlens
+        call = self.trace if torch.compiler.is_compiling() else self.run
+        out, state = call(*operands, output_final_state)
+        return (out, state) if output_final_state else out
 
     def stale(self) -> bool:
         """Whether a captured tensor is no longer of the kind that the kernel was made for."""
@@ -75,8 +103,8 @@ class LinearHandle:
             and r.d == q.shape[3]
             and r.dv == v.shape[3]
             and r.decay_kind == _decay_kind(decay)
-            and (decay is None or r.decay_dtype == dispatch.DTYPE_NAMES[decay.dtype])
-            and r.beta_dtype == (None if beta is None else dispatch.DTYPE_NAMES[beta.dtype])
+            and (decay is None or r.decay_dtype == DTYPE_NAMES[decay.dtype])
+            and r.beta_dtype == (None if beta is None else DTYPE_NAMES[beta.dtype])
             and (not self.pinned or self.program.fits(ops._sizes(q, v)))
         )
 
@@ -129,7 +157,15 @@ class LinearHandle:
             raise self._refusal(error, q, k, v, decay, beta, state, cu_seqlens) from None
 
     def trace(
-        self, operands: Sequence[Tensor | None], want_state: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        decay: Tensor | None,
+        beta: Tensor | None,
+        state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        want_state: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """A call in a graph: the operator with a string key."""
         key, tensors = self.key, self.tensors
@@ -137,7 +173,6 @@ class LinearHandle:
             key = self.portable
             if not torch.compiler.is_dynamo_compiling():  # Dynamo finds parameters by itself
                 tensors = exported.module_tensors(tensors)
-        q, k, v, decay, beta, state, cu_seqlens = operands
         if state is not None:
             state = self.prepared(state)
         out, final = torch.ops.attnengine.linear_attention(
@@ -171,9 +206,7 @@ class LinearHandle:
     def pipeline(self) -> LinearPipeline:
         if self._pipeline is None:
             captures, request = dispatch.captures_for(self.spec), self.program.request
-            self._pipeline = dispatch.pipeline(
-                self.spec, captures, request, self.sizes, self.program.isa
-            )
+            self._pipeline = pipeline(self.spec, captures, request, self.sizes, self.program.isa)
         return self._pipeline
 
     @property

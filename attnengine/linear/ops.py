@@ -19,7 +19,8 @@ from torch import Tensor
 from .. import library
 from ..ops import _empty_like_layout, translate
 from . import serialize
-from .dispatch import LinearProgram, check_place, dtypes, program_of
+from .dispatch import LinearProgram, check_place, program_of
+from .stages import dtypes
 from .unbroadcast import unbroadcast
 
 forward = torch.ops.attnengine.linear_forward.default._op
@@ -321,7 +322,7 @@ def _attention_backward_fake(*arguments: Any) -> list[Tensor]:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *operands, captures, key, scale, want_state = inputs
     program = known(key)
-    for i in sorted(set(range(len(captures))) - set(program.trainable)):
+    for i in program.sources.frozen:
         if captures[i].requires_grad:
             raise ValueError(
                 f"attnengine::linear_attention: captured tensor {i} {tuple(captures[i].shape)} "

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from linear_problems import FAMILIES, Problem, problem, verify
 from torch import Tensor
 
 import attnengine as ae
 
-NAMES = pytest.mark.parametrize("name", FAMILIES)
+# Two modules each: all but one whose parts the others have.
+NAMES = pytest.mark.parametrize("name", [n for n in FAMILIES if n != "bf16-scalar-sum"])
 # One module of each structure.
 CORES = ("f32-scalar", "f32-channel-delta", "f32-features-sum", "bf16-delta")
 
@@ -39,7 +39,7 @@ def test_packed(name: str) -> None:
     verify(problem(FAMILIES[name], 2, heads=(2, 2), lengths=(0, 1, 65, 17)))
 
 
-@pytest.mark.parametrize("L", [0, 1, 2, 15, 16, 17, 64, 65])
+@pytest.mark.parametrize("L", [0, 1, 2, 16, 17, 65])
 @pytest.mark.parametrize("name", CORES)
 def test_lengths(name: str, L: int) -> None:
     verify(problem(FAMILIES[name], 10 + L, B=1, heads=(1, 2), L=L, lengths=()))
@@ -84,12 +84,10 @@ def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
     assert _distance(got, want) < tolerance
 
 
-@pytest.mark.parametrize("name", [*CORES, "f64-channel-delta-sum"])
+@pytest.mark.parametrize("name", CORES)
 def test_steps_are_the_whole(name: str) -> None:
     p = problem(FAMILIES[name], 5, B=2, heads=(2, 4), L=21, lengths=())
     x, spec = operands(p), p.spec
-    if name.startswith("f64"):  # its captured tensors are of the whole length
-        spec = ae.LinearAttentionSpec(normalizer="sum", decay_mod=lambda g: -F.softplus(g))
     want, final = ae.linear_attention(spec=spec, output_final_state=True, **x)
     state, steps = None, []
     for t in range(21):

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import attnengine as ae
 from attnengine.linear import api, dispatch, ops
 from attnengine.linear.handle import LinearHandle
+from attnengine.linear.unbroadcast import unbroadcast
 
 pytestmark = pytest.mark.compiles
 D, DV = 40, 24
@@ -217,18 +218,39 @@ def test_explain(spec: ae.LinearAttentionSpec) -> None:
 # -- captured tensors ------------------------------------------------------------------------------
 
 
-def test_captured_tensors_of_any_broadcast_shape_get_gradients() -> None:
-    """One module, whatever is captured: what is read where is a matter of strides."""
+def test_a_captured_tensor_gets_a_gradient() -> None:
     x = with_grad(operands())
-    for shape in ((2, 4, 9, DV), (4, 1, 1), (9, 1), (1, 1, 1, 1), (DV,)):
-        gate = torch.randn(shape, requires_grad=True)
-        out = ae.linear_attention(spec=gated(gate), **x)
-        want = ae.reference(x["q"], x["k"], x["v"], gated(gate), decay=x["decay"])
-        near(out, want)
-        (got,) = torch.autograd.grad(out.sum(), gate, retain_graph=True)
-        (expected,) = torch.autograd.grad(want.sum(), gate, retain_graph=True)
-        assert got.shape == gate.shape
-        near(got, expected, 1e-4)
+    gate = torch.randn(4, 1, 1, requires_grad=True)
+    out = ae.linear_attention(spec=gated(gate), **x)
+    want = ae.reference(x["q"], x["k"], x["v"], gated(gate), decay=x["decay"])
+    near(out, want)
+    (got,) = torch.autograd.grad(out.sum(), gate, retain_graph=True)
+    (expected,) = torch.autograd.grad(want.sum(), gate)
+    near(got, expected, 1e-4)
+
+
+@pytest.mark.parametrize(
+    "shape, places",
+    [
+        ((2, 4, 9, 5), "bhqk"), ((4, 1, 1), "hqk"), ((4, 9, 1), "hqk"), ((5,), "k"), ((), ""),
+        ((1, 1, 1, 1), "bhqk"), ((4,), "h"), ((9, 4), "qh"), ((5, 2), "kb"),
+    ],
+)  # fmt: skip
+def test_gradients_are_summed_to_the_shape_that_was_read(shape: tuple, places: str) -> None:
+    grad = torch.randn(2, 4, 9, 5, dtype=torch.float64)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    order = [i for i, p in enumerate("bhqk") if p in places]
+    read = x.permute([places.index("bhqk"[i]) for i in order])
+    whole = read.reshape([read.shape[order.index(i)] if i in order else 1 for i in range(4)])
+    (want,) = torch.autograd.grad(whole.expand(grad.shape), x, grad)
+    near(unbroadcast(grad, tuple(places), x.detach()), want, 1e-12)
+
+
+def test_the_gradient_of_what_is_not_read_is_zero() -> None:
+    grad = torch.randn(2, 4, 9)  # of a scalar decay
+    got = unbroadcast(grad, ("h", 2), torch.randn(4, 5))
+    near(got[:, 2], grad.sum((0, 2)))
+    assert not got[:, [0, 1, 3, 4]].any()
 
 
 def test_a_captured_tensor_that_comes_to_require_grad(spec: ae.LinearAttentionSpec) -> None:
@@ -242,11 +264,20 @@ def test_a_captured_tensor_that_comes_to_require_grad(spec: ae.LinearAttentionSp
     assert torch.equal(before, after) and gate.grad is not None and gate.grad.any()
 
 
+def test_a_captured_tensor_that_has_no_gradient() -> None:
+    """Read at computed indices: a call that wants its gradient is refused, none is lost."""
+    table, index = torch.randn(7, requires_grad=True), torch.tensor([3, 1, 0, 6])
+    spec = ae.LinearAttentionSpec(out_mod=lambda x: x * table[index][:, None, None])
+    with pytest.raises(RuntimeError, match="index it before the call"):
+        ae.linear_attention(spec=spec, **operands())
+
+
 def test_a_captured_tensor_must_fit_every_call() -> None:
-    spec = gated(torch.randn(2, 4, 9, DV))
+    spec = gated(torch.randn(4, 1, 1))
     ae.linear_attention(spec=spec, **operands())
+    ae.linear_attention(spec=spec, **operands(B=1, L=10))
     with pytest.raises(ae.TraceError, match="out_mod"):
-        ae.linear_attention(spec=spec, **operands(L=10))
+        ae.linear_attention(spec=spec, **operands(H=6))
 
 
 def test_hooks_must_be_elementwise() -> None:
