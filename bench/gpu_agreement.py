@@ -6,10 +6,13 @@ and every element with that of the first contestant of the case that passed.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .gpu_cases import TimedCase, meaning
+from .gpu_caches import CacheCase
+from .gpu_cases import Case, TimedCase, meaning
 
 # Relative L2. Two right 16-bit kernels differ by the rounding of weights and outputs: 2^-9 relative
 # each for bf16, 2^-12 for fp16, and of scores where a dense peer stores them.
@@ -61,8 +64,8 @@ def expected_rows(
 
 
 def distance(
-    case: TimedCase,
-    operands: tuple[Tensor, Tensor, Tensor],
+    case: Case,
+    operands: Any,
     out: Tensor,
     first: Tensor | None = None,
 ) -> float:
@@ -76,7 +79,11 @@ def distance(
     limit, worst = AGREEMENT[case.dtype], 0.0
     for b, h in dict.fromkeys([(0, 0), (case.B - 1, case.Hq - 1)]):
         for rows in bands(case.L):
-            off = difference(out[b, h, rows], expected_rows(case, *operands, b, h, rows))
+            if isinstance(case, CacheCase):
+                want = case.expected(operands, b, h)
+            else:
+                want = expected_rows(case, *operands, b, h, rows)
+            off = difference(out[b, h, rows], want)
             if not off <= limit:
                 where = f"rows {rows.start}:{rows.stop} of batch {b}, head {h}"
                 raise AssertionError(f"{where} differ by {off:.3g} (limit {limit:.0e})")

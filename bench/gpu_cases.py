@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .gpu_caches import FAMILIES as CACHES
+from .gpu_caches import CacheCase
+
 WINDOW = 256  # keys, the own one included
 SPARSE_BLOCK, SPARSE_KEPT = 32, 0.2  # of sparse decoding: keys in a block, share of blocks kept
 SOFTMAX = ("causal", "full", "window", "sparse")  # the others have another row function
@@ -49,6 +52,11 @@ class TimedCase:
         word = {torch.float16: "fp16", torch.bfloat16: "bf16"}[self.dtype]
         heads = f"{self.Hq}" if self.Hq == self.Hkv else f"{self.Hq}/{self.Hkv}"
         return f"B{self.B} H{heads} {self.L}x{self.S} D{self.D}/{self.Dv} {word} {self.variant}"
+
+    @property
+    def kernel(self) -> tuple:
+        """Cases with equal ones run the same kernel."""
+        return self.variant, self.D, self.Dv, self.dtype
 
     @property
     def decode(self) -> bool:
@@ -188,7 +196,9 @@ def _family(
 _LONG = [(1, 4096), (8, 2048), (1, 8192), (8, 8192), (1, 2048), (8, 4096)]
 _BF16 = torch.bfloat16
 
-FAMILIES: tuple[list[TimedCase], ...] = (
+Case = TimedCase | CacheCase
+
+FAMILIES: tuple[list[TimedCase] | list[CacheCase], ...] = (
     _family("llama", "causal", "LLaMA-3.1-8B, as MHA", (32, 32), (128, 128), _LONG),
     _family("deepseek", "causal", "DeepSeek-V2-Lite", (16, 16), (192, 128), _LONG),
     _family("diff", "causal", "Diff-Transformer-3B, inner", (12, 12), (128, 256), _LONG),
@@ -220,25 +230,26 @@ FAMILIES: tuple[list[TimedCase], ...] = (
         "mla-decode", "full", "DeepSeek-V3, absorbed", (128, 1), (576, 512),
         [(8, 4096), (8, 8192), (8, 2048)], _BF16, decode=True,
     ),
+    *CACHES,
 )  # fmt: skip
 
 
-def timed_cases(only: tuple[str, ...] = ()) -> list[TimedCase]:
+def timed_cases(only: tuple[str, ...] = ()) -> list[Case]:
     """All cases, the first of every family before the second of any; `only`: starts of names."""
-    found = sorted((c for family in FAMILIES for c in family), key=lambda c: c.rank)
+    every: list[Case] = [case for family in FAMILIES for case in family]
+    found = sorted(every, key=lambda case: case.rank)
     return [c for c in found if not only or any(c.name.startswith(o) for o in only)]
 
 
-def one_per_kernel(cases: list[TimedCase]) -> Iterator[TimedCase]:
+def one_per_kernel(cases: list[Case]) -> Iterator[Case]:
     """The first case of every kernel that ours would need."""
     seen = set()
     for case in cases:
-        kernel = (case.variant, case.D, case.Dv, case.dtype)
-        if kernel not in seen:
-            seen.add(kernel)
+        if case.kernel not in seen:
+            seen.add(case.kernel)
             yield case
 
 
-def by_name(name: str) -> TimedCase:
+def by_name(name: str) -> Case:
     """The case of a name. Raises KeyError."""
     return {case.name: case for case in timed_cases()}[name]

@@ -19,17 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .gpu_cases import SOFTMAX, TimedCase, dense_mask, meaning
+from . import gpu_cache_peers
+from .gpu_caches import CacheCase
+from .gpu_cases import SOFTMAX, Case, TimedCase, dense_mask, meaning
 
-OURS = "attnengine"
+OURS = gpu_cache_peers.OURS
 Operands = tuple[Tensor, Tensor, Tensor]
 Run = Callable[[], Tensor]
 
-BACKENDS = {
-    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
-    "sdpa-flash": SDPBackend.FLASH_ATTENTION,  # FlashAttention-2
-    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
+BACKENDS = gpu_cache_peers.BACKENDS
 INSTALLED = {  # contestant -> the module that it needs
     "flash-attn-2": "flash_attn",
     "flash-attn-3": "flash_attn_interface",
@@ -54,9 +52,11 @@ def _version(module: str) -> str:
         return "unknown version"
 
 
-def contestants(case: TimedCase, compiled: bool) -> list[str]:
+def contestants(case: Case, compiled: bool) -> list[str]:
     """Who can mean the same as the case, without attnengine; `compiled`: who needs seconds of
     compiling per case, and so is timed in a second pass."""
+    if isinstance(case, CacheCase):
+        return gpu_cache_peers.contestants(case, compiled, installed())
     softmax = case.variant in SOFTMAX
     if compiled:
         return ["flex"] if softmax else ["dense"]
@@ -66,8 +66,10 @@ def contestants(case: TimedCase, compiled: bool) -> list[str]:
     return [*BACKENDS, *(installed() if plain else ())]
 
 
-def make(name: str, case: TimedCase, operands: Operands) -> Run:
+def make(name: str, case: Case, operands: Any) -> Run:
     """The contestant of that name for a case. Raises what it raises."""
+    if isinstance(case, CacheCase):
+        return gpu_cache_peers.make(name, case, operands)
     if name == OURS:
         return ours(case, operands)
     if name in BACKENDS:

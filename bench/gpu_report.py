@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .gpu_cases import TimedCase, by_name
+from .gpu_caches import CacheCase
+from .gpu_cases import Case, by_name
 from .gpu_machine import ceiling_lines
 from .gpu_peers import OURS
 from .tables import markdown_table
@@ -18,9 +19,10 @@ NOTES = (
     "Median of rounds in which all contestants take turns; ± half the interquartile range. FLOPs: "
     "2·pairs·(D + Dv), causal counts half. Rates of decode cases are bytes of operands and result, "
     "each moved once, over time; their caches are emptied before each call. Of ceiling: share of "
-    "the measured matmul or read rate above. Ratio: best other's time by ours, from the same "
-    "rounds. Every output was first compared with a dense fp64 reference on three bands of rows "
-    "of two heads, and whole with the other contestants'; limit 2e-3 (fp16), 1e-2 (bf16)."
+    "the measured matmul or read rate above, of KV caches (a GiB or more) of the copy rate. Ratio: "
+    "best other's time by ours, from the same rounds. Every output was first compared with a dense "
+    "fp64 reference on three bands of rows of two heads, and whole with the other contestants'; "
+    "limit 2e-3 (fp16), 1e-2 (bf16)."
 )
 
 
@@ -180,10 +182,11 @@ def without_time(mine: dict[str, Any]) -> str:
     return "cannot run this yet" if mine else "not timed"
 
 
-def rates(case: TimedCase, seconds: float, ceilings: dict[str, Any]) -> tuple[str, str]:
+def rates(case: Case, seconds: float, ceilings: dict[str, Any]) -> tuple[str, str]:
     """The rate of a time and its share of the measured ceiling: bytes for a decode, else FLOPs."""
     if case.decode:
-        rate, ceiling, unit = case.bytes / seconds, ceilings.get("read"), "TB/s"
+        ceiling = ceilings.get("copy" if isinstance(case, CacheCase) else "read")
+        rate, unit = case.bytes / seconds, "TB/s"
     else:
         word = "matmul bf16" if "bf16" in case.shape else "matmul fp16"
         rate, ceiling, unit = case.flops / seconds, ceilings.get(word), "TFLOP/s"

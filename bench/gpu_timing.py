@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from . import gpu_agreement, gpu_peers
-from .gpu_cases import TimedCase, by_name
+from .gpu_cases import Case, by_name
 from .gpu_clock import host_seconds, stopwatch, take_turns
 from .gpu_machine import clocks
 
@@ -28,7 +28,7 @@ def measure(
 
 
 def measure_case(
-    case: TimedCase, compiled: bool, budget_s: float, skip: Sequence[str], device: str
+    case: Case, compiled: bool, budget_s: float, skip: Sequence[str], device: str
 ) -> dict[str, Any]:
     """As measure()."""
     operands = case.operands(device)
@@ -68,7 +68,7 @@ def measure_case(
     }  # fmt: skip
 
 
-def flushed(case: TimedCase) -> bool:
+def flushed(case: Case) -> bool:
     """Whether the caches are emptied before every call: what a decode reads comes from memory."""
     return case.decode
 

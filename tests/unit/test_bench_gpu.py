@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import gpu_agreement, gpu_cases, gpu_peers, gpu_report, gpu_suite, gpu_timing
+from bench import (
+    gpu_agreement,
+    gpu_cache_peers,
+    gpu_cases,
+    gpu_peers,
+    gpu_report,
+    gpu_suite,
+    gpu_timing,
+)
 from bench import gpu_worker as worker
+from bench.gpu_caches import LEAST_BYTES, CacheCase
 from bench.gpu_cases import FAMILIES, TimedCase, by_name, timed_cases
 from bench.gpu_report import Results
 
@@ -59,8 +69,10 @@ def test_work_is_counted_as_by_hand(name: str, flops: float, moved: int | None) 
 
 def test_one_kernel_serves_all_sizes_of_a_family() -> None:
     kernels = list(gpu_cases.one_per_kernel(timed_cases()))
-    # gqa is bf16, gqa-decode fp16 without a mask: kernels of their own
-    assert [c.family for c in kernels] == [f[0].family for f in FAMILIES]
+    # gqa is bf16, gqa-decode fp16 without a mask: kernels of their own. A cache's serves pages too.
+    shared = {"cache-ragged", "cache-paged", "cache-ragged-paged"}
+    own = [f[0].family for f in FAMILIES if f[0].family not in shared]
+    assert [c.family for c in kernels] == own
 
 
 def test_sparse_cache_keeps_what_is_counted() -> None:
@@ -228,3 +240,70 @@ def test_a_kernel_goes_through_the_gate() -> None:
 def test_an_error_is_an_answer() -> None:
     found = worker.answer({"do": "suite", "name": "no-such-kernel"})
     assert not found["ok"] and not found["fatal"] and "KeyError" in found["error"]
+
+
+# -- KV caches -------------------------------------------------------------------------------------
+
+CACHE_KINDS = {"dense": {}, "ragged": {"lengths": (40, 7, 33)}, "paged": {"page": 16},
+               "latent": {"latent": True, "page": 16, "Hkv": 1}}  # fmt: skip
+
+
+def small_cache(kind: str) -> CacheCase:
+    given = {"lengths": (40, 40, 40), "Hq": 4, "Hkv": 2, "D": 40, "Dv": 24, **CACHE_KINDS[kind]}
+    return CacheCase("small-cache", "none", **given)
+
+
+def test_caches_are_larger_than_any_other_memory() -> None:
+    for case in (c for c in timed_cases() if isinstance(c, CacheCase)):
+        assert case.cache_bytes >= LEAST_BYTES, case.name
+    assert by_name("cache/B8/S32768").cache_bytes == 8 * 32768 * 8 * 256 * 2
+    mla = by_name("cache-mla/B64/S16384")
+    assert mla.cache_bytes == 64 * 16384 * 576 * 2
+    assert mla.flops == 2 * 64 * 128 * 16384 * (576 + 512)
+
+
+@pytest.mark.parametrize("kind", CACHE_KINDS)
+def test_cache_contestants_agree(kind: str) -> None:
+    """Ours and whoever runs on a CPU, against the fp64 reference; what lies beyond a sequence's
+    keys would show."""
+    case = small_cache(kind)
+    operands = case.operands("cpu")
+    with torch.no_grad():
+        out = gpu_peers.make("attnengine", case, operands)()
+    limit = gpu_agreement.AGREEMENT[case.dtype]
+    assert gpu_agreement.distance(case, operands, out) < limit
+    with pytest.raises(AssertionError, match="rows 0:1 of batch 0, head 0 differ"):
+        gpu_agreement.distance(case, operands, out * 1.1)
+    if kind == "dense":  # what a CPU's back end takes
+        square = dataclasses.replace(case, Dv=case.D)
+        operands = square.operands("cpu")
+        out = gpu_peers.make("sdpa-flash", square, operands)()
+        assert gpu_agreement.distance(square, operands, out) < limit
+    assert gpu_report.rates(case, 1e-3, {"copy": case.bytes * 2000, "read": 1.0})[1] == "50%"
+
+
+def test_cache_is_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = gpu_timing.measure_case(small_cache("paged"), False, 0.02, (), "cpu")
+    assert list(found["rows"]) == [*gpu_peers.installed(), "attnengine"] and found["flushed"]
+    assert found["rows"]["attnengine"]["ms"] > 0
+
+
+def test_cache_as_flashinfer_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = small_cache("paged")
+    x = case.operands("cpu")
+    assert x.table is not None
+    _, _, starts, indices, last = gpu_cache_peers.paged(case, x)
+    assert starts.tolist() == [0, 3, 6, 9] and last.tolist() == [8, 8, 8]
+    assert indices.tolist() == x.table.flatten().tolist()
+    ragged = small_cache("ragged")
+    _, _, starts, indices, last = gpu_cache_peers.paged(ragged, ragged.operands("cpu"))
+    assert (starts.tolist(), indices.tolist(), last.tolist()) == (
+        [0, 1, 2, 3],
+        [0, 1, 2],
+        [40, 7, 33],
+    )
+    monkeypatch.setattr(gpu_peers, "installed", lambda: {"flashinfer": "1", "flash-attn-2": "2"})
+    assert gpu_peers.contestants(case, False) == ["flashinfer", "flash-attn-2"]
+    assert gpu_peers.contestants(small_cache("latent"), False) == ["flashinfer"]
+    assert gpu_peers.contestants(ragged, True) == ["flex"]
+    assert gpu_peers.contestants(case, True) == []
