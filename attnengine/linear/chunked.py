@@ -93,6 +93,10 @@ class Plain:
         """scale a @ b."""
         return a @ b if scale == 1.0 else (a @ b) * scale
 
+    def sums(self, a: Tensor, b: Tensor) -> Tensor:
+        """a @ b for a single column."""
+        return a @ b
+
     def solve(self, a: Tensor, b: Tensor) -> Tensor:
         """(I + a)^-1 b; a is strictly lower triangular."""
         a, b = a.to(self.acc), b.to(self.acc)
@@ -146,7 +150,9 @@ def chunk_step(
     fed, factor, product = arithmetic.fed, arithmetic.factor, arithmetic.product
     q, k, v, old = fed(q), fed(k), fed(v), fed(state)
     from_first, to_last, decayed = q, k, k  # q e^G, k e^(G_last - G), k e^G
-    late, early, last = None, None, None  # where rows of results are scaled, and values; e^G_last
+    last, late, early = None, None, None  # e^G_last; where rows of results are scaled, and values
+    ones = torch.ones((), dtype=state.dtype, device=state.device)
+    up, down = ones, ones
     if g is not None:
         up, down = g.cumsum(-2).exp(), _after(g).exp()
         last = up[..., -1, :, None]
@@ -161,12 +167,21 @@ def chunk_step(
         known = product(decayed, old[..., : v.shape[-1]])
         rest = v - (known if late is None else known * late)
         v = fed(arithmetic.solve(fed(a), factor(beta[..., None]) * rest))
-    if normalizer:
-        v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
-    rows = product(from_first, old, scale)
+    m, Dv = between(q, k, g, arithmetic, 1), v.shape[-1]
+    rows = product(from_first, old[..., :Dv], scale)
     rows = rows if late is None else rows * late
-    rows = rows + product(fed(between(q, k, g, arithmetic, 1)), v, scale)
+    rows = rows + product(fed(m), v, scale)
     new = product(to_last.mT, v if early is None else v * early).to(state.dtype)
+    if normalizer:  # the denominator's sums are no matrix product, and nothing of them is rounded
+        z = factor(state[..., Dv:])
+        if late is None:
+            before = arithmetic.sums(q * factor(up), z)
+            added = (k * factor(down)).sum(-2)[..., None]
+        else:
+            before, added = arithmetic.sums(q, z) * late, arithmetic.sums(k.mT, early)
+        rows = torch.cat([rows, scale * (before + m.sum(-1, keepdim=True))], -1)
+        added = added.to(new.dtype).expand(*new.shape[:-1], 1)
+        new = torch.cat([new, added], -1)
     return rows, new + (state if last is None else last * state)
 
 

@@ -95,6 +95,9 @@ class Ideal:
     def product(self, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
         return Product.apply(a, b, scale, self.precision)
 
+    def sums(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.precision.product(a, b)
+
     def solve(self, a: Tensor, b: Tensor) -> Tensor:
         return Solve.apply(a, b, self.precision)
 
