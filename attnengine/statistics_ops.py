@@ -8,7 +8,6 @@ head dim: torch.compile and torch.export trace them, in any process.
 
 from __future__ import annotations
 
-import threading
 from typing import Any, NoReturn
 
 import torch
@@ -27,7 +26,6 @@ step = torch.ops.attnengine.statistics_step.default._op
 backward = torch.ops.attnengine.statistics_backward.default._op
 
 _kernels: dict[tuple[str, torch.dtype, int, str], int] = {}
-_loading = threading.Lock()
 
 
 def kernel_of(kind: str, element: torch.dtype, head_dim: int) -> int:
@@ -37,8 +35,7 @@ def kernel_of(kind: str, element: torch.dtype, head_dim: int) -> int:
     if found is None:
         plan = StatisticsPlan(kind, element, head_dim)
         path = build.module(statistics_source(plan), isa, f"{plan.label} {isa}")
-        with _loading:
-            found = _kernels[kind, element, head_dim, isa] = library.load_kernel(path)
+        found = _kernels[kind, element, head_dim, isa] = library.load_kernel(path)
     return found
 
 

@@ -144,6 +144,7 @@ class StatisticsForward : StatisticsWork<Plan> {
   }
 
   void walk(int64_t i, const Scratch& s) const {
+    this->clear(s.carry);
     for (int64_t h = 0; h < H; ++h) {
       load_state<S::kC>(i, h, s.carry + h * kRow);
       load_state<S::kA>(i, h, s.carry + h * kRow);
