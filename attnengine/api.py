@@ -163,7 +163,7 @@ def _handle(
 
 
 def compile(
-    spec: AttentionSpec,
+    spec: Any,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -171,35 +171,58 @@ def compile(
     backward: bool | None = None,
     isa: str | None = None,
     target: str | None = None,
-) -> Handle:
+    **others: torch.Tensor | None,
+) -> Any:
     """Compile ``spec`` for the dtype and head dims of q, k, v and return the callable handle.
 
     ``backward``: compile the gradient now too; None: when q, k, v or a captured tensor requires
     grad. ``isa``: "avx512_bf16", "avx512", "avx2" or "portable" instead of this CPU's best.
     ``target``: a CUDA architecture ("sm_80", or "sm_86" with less shared memory) instead of that of
     the tensors' device; on CPU tensors it needs a simulator of CUDA kernels.
+    With a LinearAttentionSpec also ``decay=`` and ``beta=``, as of ``ae.linear_attention``.
     Raises what :func:`attention` raises.
     """
+    if type(spec) in _COMPILED:
+        return _COMPILED[type(spec)](
+            spec, q, k, v, backward=backward, isa=isa, target=target, **others
+        )
+    if others:
+        names = ", ".join(others)
+        raise TypeError(f"compile: {names} given, which {type(spec).__name__} does not have")
     dispatch.check_operands(q, k, v)
-    if target is not None:
-        if isa is not None:
-            raise ValueError(f"isa={isa!r} and target={target!r}: give one of them")
-        check_target(target, q)
-        isa = target
-    elif isa is not None:
-        if isa not in ISAS or q.device.type == "cuda":
-            raise ValueError(
-                f"isa={isa!r} on {q.device}: expected one of {', '.join(map(repr, ISAS))}, for CPU "
-                "tensors; target= chooses a CUDA architecture"
-            )
-        check_isa(isa)
-    handle = _handle(q, k, v, spec, isa, backward)
+    handle = _handle(q, k, v, spec, asked_isa(q, isa, target), backward)
     if backward is None:
         backward = dispatch.tensors_require_grad((q, k, v, *handle.tensors))
     if backward:
         handle.program.both()
     handle.program.forward()
     return handle
+
+
+_COMPILED: dict[type, Callable[..., Any]] = {}
+
+
+def compiles(kind: type, prepare: Callable[..., Any]) -> None:
+    """Makes :func:`compile` serve another kind of spec, defined later in the pipeline."""
+    _COMPILED[kind] = prepare
+
+
+def asked_isa(q: torch.Tensor, isa: str | None, target: str | None) -> str | None:
+    """The instruction set or CUDA architecture that ``isa`` or ``target`` asks for, if one does.
+    Raises ValueError for one that is unknown or that q's device cannot run."""
+    if target is not None:
+        if isa is not None:
+            raise ValueError(f"isa={isa!r} and target={target!r}: give one of them")
+        check_target(target, q)
+        return target
+    if isa is not None:
+        if isa not in ISAS or q.device.type == "cuda":
+            raise ValueError(
+                f"isa={isa!r} on {q.device}: expected one of {', '.join(map(repr, ISAS))}, for CPU "
+                "tensors; target= chooses a CUDA architecture"
+            )
+        check_isa(isa)
+    return isa
 
 
 def explain(

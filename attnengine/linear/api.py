@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..api import explains
+from ..api import asked_isa, compiles, explains
 from ..capture import Captures
 from ..target import isa_of
 from . import dispatch
@@ -22,8 +22,9 @@ _is_compiling = torch.compiler.is_compiling
 _autocast = torch._C._is_any_autocast_enabled
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 COLD = (
-    "attnengine.linear_attention inside torch.compile needs a prepared kernel: call it once with "
-    "the same spec and operands of the same dtypes, head dims and kind of decay outside"
+    "attnengine.linear_attention inside torch.compile needs a prepared kernel: call it once, or "
+    "attnengine.compile(spec, q, k, v, decay=, beta=), with the same spec and operands of the same "
+    "dtypes, head dims and kind of decay outside"
 )
 
 
@@ -237,10 +238,21 @@ def prepare(
     decay: Tensor | None = None,
     beta: Tensor | None = None,
     backward: bool | None = None,
+    isa: str | None = None,
+    target: str | None = None,
 ) -> LinearHandle:
-    """``ae.compile`` of a LinearAttentionSpec: its kernels for such operands, made now."""
+    """:func:`attnengine.compile` of a LinearAttentionSpec: its kernels for such operands, made now.
+
+    The handle of another ``isa`` or ``target`` than the operands' own is not kept on the spec.
+    """
+    operands = q, k, v, spec, decay, beta, None, None
     with torch.set_grad_enabled(backward is not False and torch.is_grad_enabled()):
-        handle = _handle(q, k, v, spec, decay, beta, None, None)
+        if isa is None and target is None:
+            handle = _handle(*operands)
+        else:
+            checked, captures = _checked(*operands), dispatch.captures_for(spec)
+            asked = asked_isa(q, isa, target) or isa_of(q)
+            handle = LinearHandle(spec, *_bound(spec, captures, checked, asked), checked[1])
     if backward:
         handle.program.both()
     handle.ready = handle.program.backward_id >= 0
@@ -261,5 +273,6 @@ def explain(
 
 
 explains(LinearAttentionSpec, explain)
+compiles(LinearAttentionSpec, prepare)
 
 __all__ = ["explain", "linear_attention", "linear_attention_step"]

@@ -215,6 +215,26 @@ def test_explain(spec: ae.LinearAttentionSpec) -> None:
         ae.explain(ae.AttentionSpec(), x["q"], x["k"], x["v"], decay=x["decay"])
 
 
+def test_a_handle_made_by_compile() -> None:
+    spec, x = ae.LinearAttentionSpec(), operands()
+    q, k, v, decay = x.values()
+    attn = ae.compile(spec, q, k, v, decay=decay, backward=True)
+    assert attn.ready and "cpu/linear_backward.h" in attn.backward_source
+    want = ae.linear_attention(spec=spec, output_final_state=True, **x)
+    assert handle_of(spec) is attn
+    for got, w in zip(attn(q, k, v, decay=decay, output_final_state=True), want, strict=True):
+        assert torch.equal(got, w)
+    f = torch.compile(lambda *a: attn(*a, decay=decay), fullgraph=True, backend="aot_eager")
+    near(f(q, k, v), want[0])
+    for wrong in ({"decay": None}, {"decay": decay.double()}, {"decay": decay, "beta": decay}):
+        with pytest.raises(ValueError, match="not of the kind"):
+            attn(q, k, v, **wrong)
+    with pytest.raises(ValueError, match="isa"):
+        ae.compile(spec, q, k, v, decay=decay, isa="mmx")
+    with pytest.raises(TypeError, match="decay"):
+        ae.compile(ae.AttentionSpec(), q, k, k, decay=decay)
+
+
 # -- captured tensors ------------------------------------------------------------------------------
 
 
