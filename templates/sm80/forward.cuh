@@ -19,80 +19,32 @@
 //
 // What the generated unit defines, Plan and Fn, is in sm80/forward_unit.cuh.
 #pragma once
-#include "common/env.h"
-#include "cuda/capture.cuh"
-#include "cuda/combine.cuh"
-#include "cuda/key_rows.cuh"
 #include "cuda/key_tiles.cuh"
 #include "cuda/math.cuh"
-#include "cuda/row_tile.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/tables.cuh"
-#include "sm80/forward_shared.cuh"
+#include "sm80/forward_results.cuh"
 #include "sm80/forward_unit.cuh"
 #include "sm80/nonfinite.cuh"
 #include "sm80/product.cuh"
-#include "sm80/store.cuh"
 
 namespace ae {
 
 template <class Plan, class Fn>
-class Forward {
-  using Elem = typename Plan::Elem;
-  using Shared = ForwardShared<Plan>;
-  using QTile = typename Shared::Q;
-  using KTile = typename Shared::K;
-  using VTile = typename Shared::V;
+class Forward : public ForwardResults<Plan, Fn> {
+  using Base = ForwardResults<Plan, Fn>;
+  using Base::params_, Base::p_, Base::env_, Base::shared_, Base::small_, Base::lane_,
+      Base::warp_row_, Base::rows_, Base::state_, Base::o_, Base::alive_, Base::kBlockN,
+      Base::kStages, Base::kColumnWarps, Base::kRowWarps, Base::kAtoms, Base::kRows, Base::kKeys,
+      Base::kColumns, Base::kSums, Base::kSteps, Base::kOwnSteps, Base::kHoldQ, Base::row_tile,
+      Base::keys, Base::slot, Base::column_warp, Base::keys_in, Base::start, Base::fill_slot,
+      Base::store, Base::add_nonfinite;
+  using typename Base::Elem, typename Base::Shared, typename Base::QTile, typename Base::KTile,
+      typename Base::VTile;
 
  public:
-  static constexpr int kCaptures = Fn::kCaptures > 0 ? Fn::kCaptures : 1;
-  static constexpr int kThreads = 32 * Plan::kWarps;
-  using Params = KernelParams<kCaptures>;
-
- private:
-  static constexpr int kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN, kStages = Plan::kStages;
-  static constexpr int kColumnWarps = Plan::kColumnWarps;
-  static constexpr int kRowWarps = Plan::kWarps / kColumnWarps;
-  static constexpr int kWarpRows = kBlockM / kRowWarps;
-  static constexpr int kAtoms = kWarpRows / 16;                       // blocks of 16 rows of a warp
-  static constexpr int kRows = 2 * kAtoms;                            // rows of a thread
-  static constexpr int kKeys = kBlockN / 4;                           // keys of a row and thread
-  static constexpr int kColumns = VTile::kChunks * 8 / kColumnWarps;  // of the output, of a warp
-  static constexpr int kSums = kColumns / 4;         // output columns of a row and thread
-  static constexpr int kSteps = QTile::kChunks / 2;  // of 16 columns of Q and K
-  static constexpr int kOwnSteps = (kSteps + kColumnWarps - 1) / kColumnWarps;  // of a warp
-  static constexpr int kStates = Fn::kStates > 0 ? Fn::kStates : 1;
-  // Q as operands of the products stays in registers where the plan found room.
-  static constexpr bool kHoldQ = Plan::kHoldQ;
-
-  static_assert(Plan::kSharedBytes == Shared::kBytes, "the plan's shared memory total is wrong");
-  static_assert(kBlockM % (16 * kRowWarps) == 0, "warps split the rows in blocks of 16");
-  static_assert(kColumnWarps == 1 || Plan::kDv % (16 * kColumnWarps) == 0,
-                "warps that share rows split the columns in blocks of 16");
-  static_assert(!Plan::kSharedKV || (kColumnWarps > 1 && Plan::kDv <= Plan::kD),
-                "a tile of V within K is cleared of Inf after an exchange of scores");
-  static_assert(!Plan::kSharedKV || !(Fn::kHasKMod || Fn::kHasVMod), "mods change K, or V, alone");
-  static_assert(kBlockN % 16 == 0 && kStages >= 2, "a tile of keys is whole steps of 16");
-  static_assert(kKeys <= 32, "a thread's keys of a row are the bits of a word");
-  static_assert(Plan::kSequences || !Plan::kScheduled, "a schedule is of sequences");
-
- public:
-  // What a block needs of shared memory beside its tiles.
-  struct Small {
-    KeyTileClasses classes;
-    float out_factors[kBlockM];
-    KeyRows<Plan> rows;
-    Walk<Plan::kScheduled> walk;
-  };
-
-  __device__ __forceinline__ Forward(const Params& params, char* shared, Small& small)
-      : params_(params),
-        p_(params.p),
-        env_{params.cap, params.p.fault, params.p.S},
-        shared_(shared),
-        small_(small),
-        lane_(int(threadIdx.x) % 32),
-        warp_row_(int(threadIdx.x) / 32 % kRowWarps * kWarpRows) {}
+  using Base::Base, Base::kThreads;
+  using typename Base::Params, typename Base::Small;
 
   // Every thread of the block calls it.
   __device__ __forceinline__ void run() {
@@ -155,142 +107,6 @@ class Forward {
 
   // What a pass over the keys does about Inf and NaN in V (sm80/nonfinite.cuh).
   enum Mode { kFinite, kClear, kAdd };
-
-  const Params& params_;
-  const ae_params& p_;
-  const Env env_;
-  char* const shared_;
-  Small& small_;
-  int lane_, warp_row_;
-  GlobalRows k_, v_;
-
-  typename Fn::Row rows_[kRows];
-  float state_[kRows][kStates];
-  float o_[kRows][kSums];
-  uint32_t alive_;  // bit r: row r has met a live key
-
-  __device__ __forceinline__ RowTile row_tile() const {
-    unsigned output = blockIdx.x;
-    if constexpr (Plan::kScheduled) output = unsigned(small_.walk.segment.output);
-    return RowTile::of_output<Plan>(p_, output);
-  }
-  __device__ __forceinline__ int64_t keys() const {
-    if constexpr (Plan::kSequences) {
-      return small_.rows.keys;
-    } else {
-      return p_.S;
-    }
-  }
-  // Whether the tile of rows has some of its keys alone: its result is a part.
-  __device__ __forceinline__ bool is_part() const {
-    if constexpr (Plan::kScheduled) {
-      return small_.walk.segment.slot >= 0;
-    } else {
-      return false;
-    }
-  }
-  template <class P = Plan>
-  __device__ __forceinline__ PartialSlot<P, Fn> slot() const {
-    return {params_.work, small_.walk.segment.slot};
-  }
-
-  // Which of the warps that share rows this is.
-  __device__ __forceinline__ int column_warp() const {
-    if constexpr (kColumnWarps == 1) {
-      return 0;
-    } else {
-      return int(threadIdx.x) / 32 / kRowWarps;
-    }
-  }
-
-  // The number of the thread's row r in the block.
-  __device__ __forceinline__ int row_of(int r) const {
-    return warp_row_ + r / 2 * 16 + r % 2 * 8 + lane_ / 4;
-  }
-
-  // ---- filling shared memory ----
-  // What a mod makes of an element, rounded to the operands' type.
-  template <class F>
-  struct Mod {
-    static constexpr bool kIdentity = false;
-    F f;
-    __device__ __forceinline__ uint16_t operator()(uint16_t x) const {
-      return narrow<Elem>(f(widen<Elem>(x)));
-    }
-  };
-  template <class Tile, bool kModified, class RowOf, class F>
-  __device__ __forceinline__ void fill_modified(char* tile, int count, int64_t column_stride,
-                                                bool vectors, const RowOf& row_of,
-                                                const F& f) const {
-    if constexpr (kModified) {
-      fill<Tile, Elem, kThreads>(tile, count, column_stride, vectors, row_of, Mod<F>{f});
-    } else {
-      fill<Tile, Elem, kThreads>(tile, count, column_stride, vectors, row_of, NoMod{});
-    }
-  }
-
-  // Starts copying Q, and computes what the row function needs of each row.
-  __device__ __forceinline__ void start() {
-    const RowTile tile = row_tile();
-    const auto rows_of = [&](const void* data, const int64_t* stride) {
-      const auto* head = static_cast<const uint16_t*>(data) + tile.kv_head * stride[1];
-      if constexpr (Plan::kSequences) {
-        return GlobalRows{head, stride[2], stride[3]};
-      } else {
-        return GlobalRows{head + tile.b * stride[0], stride[2], stride[3]};
-      }
-    };
-    k_ = rows_of(p_.k, p_.k_stride);
-    v_ = rows_of(p_.v, p_.v_stride);
-    const int64_t* s = p_.q_stride;
-    const uint16_t* base =
-        static_cast<const uint16_t*>(p_.q) + tile.b * s[0] + tile.first_row * s[2];
-    const bool vectors = GlobalRows{base, s[2], s[3]}.aligned() && s[1] % kChunkElements == 0;
-    const auto row = [&](int i) { return base + tile.h(i) * s[1] + tile.q(i) * s[2]; };
-    fill_modified<QTile, Fn::kHasQMod>(shared_, tile.count, s[3], vectors, row,
-                                       [&](float x) { return Fn::q_mod(env_, x); });
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int i = row_of(r) < tile.count ? row_of(r) : tile.count - 1;
-      rows_[r] = Fn::make_row(env_, tile.batch, tile.h(i), tile.query(i));
-    }
-  }
-
-  __device__ __forceinline__ int keys_in(int tile) const {
-    const int64_t left = keys() - int64_t(tile) * kBlockN;
-    return int(left < kBlockN ? left : kBlockN);
-  }
-
-  // Starts copying a tile of K and V into a slot of the ring.
-  __device__ __forceinline__ void fill_slot(int tile, int slot) const {
-    const int count = keys_in(tile);
-    char* k = shared_ + Shared::kK + slot * KTile::kBytes;
-    char* v = shared_ + Shared::kV + slot * VTile::kBytes;
-    if constexpr (Plan::kSequences) {
-      small_.rows.locate(p_.sequences, tile * kBlockN);
-      const auto k_row = [&](int i) { return small_.rows.row(k_, p_.k_stride[0], i); };
-      const auto v_row = [&](int i) { return small_.rows.row(v_, p_.v_stride[0], i); };
-      copy(k, v, count, k_.aligned() && p_.k_stride[0] % kChunkElements == 0,
-           v_.aligned() && p_.v_stride[0] % kChunkElements == 0, k_row, v_row);
-    } else {
-      const int64_t first = int64_t(tile) * kBlockN;
-      const uint16_t *k_first = k_.row(first), *v_first = v_.row(first);
-      const auto k_row = [&](int i) { return k_first + i * k_.row_stride; };
-      const auto v_row = [&](int i) { return v_first + i * v_.row_stride; };
-      copy(k, v, count, k_.aligned(), v_.aligned(), k_row, v_row);
-    }
-  }
-
-  template <class KRow, class VRow>
-  __device__ __forceinline__ void copy(char* k, char* v, int count, bool k_vectors, bool v_vectors,
-                                       const KRow& k_row, const VRow& v_row) const {
-    fill_modified<KTile, Fn::kHasKMod>(k, count, k_.column_stride, k_vectors, k_row,
-                                       [&](float x) { return Fn::k_mod(env_, x); });
-    if constexpr (!Plan::kSharedKV) {
-      fill_modified<VTile, Fn::kHasVMod>(v, count, v_.column_stride, v_vectors, v_row,
-                                         [&](float x) { return Fn::v_mod(env_, x); });
-    }
-  }
 
   // ---- one pass over the keys ----
   __device__ __forceinline__ void pass(Mode mode) {
@@ -449,87 +265,6 @@ class Forward {
       for (int c = 0; c < kSums; ++c) found |= !(fabsf(o_[r][c]) <= 3.402823466e38f);
     }
     return __syncthreads_or(found) != 0;
-  }
-
-  // ---- results ----
-  __device__ __forceinline__ void store() {
-    const RowTile tile = row_tile();
-    if constexpr (Plan::kScheduled) {
-      if (is_part()) return store_part(tile.count);
-    }
-    const int64_t* s = p_.out_stride;
-    uint16_t* base = static_cast<uint16_t*>(p_.out) + tile.b * s[0] + tile.first_row * s[2];
-    const bool vectors = GlobalRows{base, s[2], s[3]}.aligned() && s[1] % kChunkElements == 0;
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const bool exists = row_of(r) < tile.count;
-      const int i = exists ? row_of(r) : tile.count - 1;
-      const int q = tile.q(i), h = tile.h(i);
-      float stats[Fn::kStats > 0 ? Fn::kStats : 1];
-      float factor = 1;
-      Fn::finalize(env_, rows_[r], state_[r], factor, stats);
-      if (lane_ % 4 == 0 && column_warp() == 0) small_.out_factors[row_of(r)] = factor;
-      const bool alive = (alive_ >> r & 1) != 0;
-#pragma unroll
-      for (int c = 0; c < kSums; ++c) o_[r][c] = alive ? o_[r][c] * factor : 0.0f;
-      constexpr int kWidth = kColumnWarps == 1 ? Plan::kDv : kColumns;
-      store_row<Elem, kWidth>(base + h * s[1] + q * s[2] + column_warp() * kColumns * s[3], s[3],
-                              vectors, exists, o_[r], lane_);
-      if (p_.stats != nullptr && exists && lane_ % 4 == 0 && column_warp() == 0) {
-        const int64_t* step = p_.stats_stride;
-        float* to =
-            static_cast<float*>(p_.stats) + tile.b * step[1] + h * step[2] + tile.first_row + q;
-#pragma unroll
-        for (int n = 0; n < Fn::kStats; ++n) to[n * step[0]] = stats[n];
-      }
-    }
-  }
-
-  // Sums that are not normalised, and states: what ae_combine merges.
-  __device__ __forceinline__ void store_part(int count) {
-    const auto part = slot();
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int row = row_of(r);
-      if (row >= count) continue;
-      const bool alive = (alive_ >> r & 1) != 0;
-      float* to = part.out(row) + column_warp() * kColumns + lane_ % 4 * 2;
-#pragma unroll
-      for (int c = 0; c < kSums; c += 2) {
-        if (kColumnWarps == 1 && 4 * c >= part.kPitch) break;
-        *reinterpret_cast<float2*>(to + 4 * c) =
-            alive ? make_float2(o_[r][c], o_[r][c + 1]) : make_float2(0.0f, 0.0f);
-      }
-      if (lane_ % 4 != 0 || column_warp() != 0) continue;
-#pragma unroll
-      for (int n = 0; n < Fn::kStates; ++n) part.states(row)[n] = state_[r][n];
-      part.alive(row) = alive ? 1.0f : 0.0f;
-    }
-  }
-
-  // Adds what Inf and NaN in a tile of V give to outputs that have been stored.
-  template <int kKeySteps>
-  __device__ __forceinline__ void add_nonfinite(char* k, char* v,
-                                                const uint32_t (&w)[kKeySteps][kAtoms][4]) {
-    const RowTile tile = row_tile();
-    const int64_t* s = p_.out_stride;
-    const auto add = [&](int row, int column, float x) {
-      if (row >= tile.count || column >= Plan::kDv) return;
-      if constexpr (Plan::kScheduled) {
-        if (is_part()) {
-          slot().out(row)[column] += x;
-          return;
-        }
-      }
-      uint16_t* out = static_cast<uint16_t*>(p_.out) + tile.b * s[0] + tile.h(row) * s[1] +
-                      (tile.first_row + tile.q(row)) * s[2] + column * s[3];
-      *out = narrow<Elem>(widen<Elem>(*out) + x * small_.out_factors[row]);
-    };
-    // K is no longer needed, unless V lies in it.
-    constexpr int kScratch = Plan::kSharedKV ? Shared::kExchangeBytes : KTile::kBytes;
-    char* scratch = Plan::kSharedKV ? shared_ + Shared::kExchange : k;
-    each_nonfinite<VTile, Elem, kBlockM, kThreads, kScratch>(
-        v, scratch, w, [&](int r) { return row_of(r); }, add, lane_);
   }
 };
 
