@@ -79,8 +79,7 @@ CudaLinear::CudaLinear(const ae_linear_params& p, const CudaKernel& kernel,
   step_ = !chunked || p.L <= kStepTokens;
   if (!chunked && p.L > kMostSteps) {
     not_implemented(
-        "L=" + std::to_string(p.L) +
-        ": CUDA kernels with the delta rule (beta=) or a normalizer take at most " +
+        "L=" + std::to_string(p.L) + ": CUDA kernels with the delta rule (beta=) take at most " +
         std::to_string(kMostSteps) +
         " tokens a call in this version; carry the state from call to call (initial_state=, "
         "output_final_state=True), or use CPU tensors (.cpu())");
@@ -102,13 +101,16 @@ CudaLinear::CudaLinear(const ae_linear_params& p, const CudaKernel& kernel,
   blocks(divide_up(info.info.Dv, info.block_n), slots_);
   const int64_t element = info.info.dtype == AE_BF16 ? 2 : 4;
   if (states_) {
-    workspace_bytes_ =
-        slots_ * p.H * round_up_16(info.info.D) * round_up_16(info.info.Dv) * element;
+    const int64_t rows = slots_ * p.H * round_up_16(info.info.D);
+    keys_at_ = rows * round_up_16(info.info.Dv) * element;  // whole rows of 16 elements
+    workspace_bytes_ = keys_at_ + rows * int64_t{sizeof(float)};
   }
 }
 
 int32_t CudaLinear::run(void* workspace, ae_cu_stream stream) {
-  reinterpret_cast<LinearWork*>(data_.get() + work_at(captures_))->states = workspace;
+  auto* work = reinterpret_cast<LinearWork*>(data_.get() + work_at(captures_));
+  work->states = workspace;
+  work->keys = reinterpret_cast<float*>(static_cast<char*>(workspace) + keys_at_);
   auto& p = *reinterpret_cast<ae_linear_params*>(data_.get());
   const ContextGuard context(device_);
   int32_t fault = 0;

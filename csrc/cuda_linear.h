@@ -48,7 +48,7 @@ class CudaLinear {
   const CudaFunctions& functions_;
   const CudaDevice& device_;
   const ae_driver& driver_;
-  int64_t slots_ = 0, workspace_bytes_ = 0;
+  int64_t slots_ = 0, keys_at_ = 0, workspace_bytes_ = 0;
   bool step_ = false, states_ = true, split_ = false;
   int64_t captures_;
   std::unique_ptr<char[]> data_;

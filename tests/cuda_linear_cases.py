@@ -65,7 +65,7 @@ class LinearCase:
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
-        if self.family.beta or self.family.normalizer:
+        if self.family.beta:
             return STEPS
         plain = self.family.hooks == "none" and self.family.D == 64
         return (*CHUNKS, CROWDED) if plain else CHUNKS
@@ -82,7 +82,7 @@ COVER = (
     _case("scalar", 64, 64, BF16),
     _case("channel", 64, 64, F16),
     _case("channel", 40, 24, BF16, "-gates", hooks="gates", decay_dtype=BF16),
-    _case("none", 100, 72, F16, "-features", hooks="features"),
+    _case("none", 100, 72, F16, "-features-sum", hooks="features", normalizer="sum"),
     _case("scalar", 128, 128, BF16, "-delta", beta=True, beta_dtype=BF16),
     _case("channel", 40, 24, F16, "-delta-sum", beta=True, normalizer="sum"),
 )
@@ -99,7 +99,8 @@ FULL = (
     _case("scalar", 16, 200, BF16),
     _case("scalar", 256, 256, BF16),
     _case("channel", 256, 256, BF16),
-    _case("scalar", 64, 64, BF16, "-sum", normalizer="sum", hooks="features"),
+    _case("scalar", 64, 64, BF16, "-sum", normalizer="sum"),
+    _case("channel", 40, 24, BF16, "-sum", normalizer="sum"),
     _case("channel", 256, 256, BF16, "-delta", beta=True),
 )
 

@@ -63,7 +63,7 @@ def linear_cuda_candidates(key: LinearKey, traced: TracedLinear, isa: str) -> li
                 f"{MAX_DIM}; use CPU tensors (.cpu()), or split the heads: columns of v are "
                 "independent, and sums over parts of D add up"
             )
-    if r.delta or r.normalizer:
+    if r.delta:
         return [_step(key, arch)]
     plans = [p for block in VALUE_BLOCKS if (p := _candidate(key, arch, block)) is not None]
     if not plans:
@@ -115,8 +115,7 @@ def _step(key: LinearKey, arch: CudaArch) -> LinearCudaPlan:
     state = 4 * r.d * (r.dv + r.normalizer)
     cost = LinearCost(0.0, 0.0, 2000.0 * r.d * r.dv / arch.fma, 0.0, 0.0)
     tensors = (Tensor("state", r.d, r.dv, "registers", state),)
-    what = "the delta rule" if r.delta else "the normalizer"
-    reasons = (f"{what} has no chunk kernels: one token after the other, S in registers",)
+    reasons = ("the delta rule has no chunk kernels: one token after the other, S in registers",)
     return _plan(key, arch, cost, tensors, reasons, False, VALUE_BLOCKS[-1], (0, 0, 0))
 
 

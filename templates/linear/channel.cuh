@@ -87,6 +87,21 @@ struct ChannelDecay<Plan, true> {
     multiply_add<Elem>(s[0], s[1], 1, a, b[2], b[3]);
   }
 
+  // Adds what a lane has of the product of weighed queries with z, which starts at its first
+  // channel.
+  template <class Elem>
+  __device__ static __forceinline__ void add_keys(const uint32_t (&q)[4], const Values& f,
+                                                  const float* z, float (&sums)[2]) {
+    float own[4];
+    load(z, own);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int c = i / 2 * 2;
+      sums[i % 2] += widen<Elem>(uint16_t(q[i])) * f[i % 2][c] * own[c] +
+                     widen<Elem>(uint16_t(q[i] >> 16)) * f[i % 2][c + 1] * own[c + 1];
+    }
+  }
+
   // The scores of each warp's own block. Leaves, for `finish`, the prefixes of the block in the
   // place of the decays, and in K's the keys by their suffixes.
   template <class Elem, class Tile, int kKeys>
@@ -172,7 +187,8 @@ struct ChannelDecay<Plan, true> {
   __device__ static __forceinline__ void finish(const char* q_tile, const char* k_tile,
                                                 char* decays, const char* state_tile,
                                                 bool has_state, float (&s)[2][kKeys],
-                                                float (&o)[2][kSums], int warp, int lane) {
+                                                float (&o)[2][kSums], const float* z,
+                                                float (&sums)[2], int warp, int lane) {
     const auto q_reader = read_a<Tile>(q_tile, 16 * warp, lane);
     const auto k_reader = read_b<Tile>(k_tile, lane);
     const auto s_reader = read_b_transposed<StateTile>(state_tile, lane);
@@ -199,6 +215,7 @@ struct ChannelDecay<Plan, true> {
         for (int i = 0; i < 4; ++i) f[0][i] *= all[i], f[1][i] *= all[i];
       }
       if (!has_state) continue;
+      if constexpr (Plan::kNormalizer) add_keys<Elem>(q, f, z + 16 * step + first, sums);
       scale_a<Elem>(q, f, a);
 #pragma unroll
       for (int pair = 0; pair < kSums / 4; ++pair) {

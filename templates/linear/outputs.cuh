@@ -3,6 +3,7 @@
 //
 //   W = scale (Q K^T), decayed from token s to token t >= s, 0 above
 //   O = scale (Q e^(decays so far)) S_chunk + W V
+//   O = O / (scale (Q e^(decays so far)) z_chunk + W 1)              under a normalizer
 //
 // Scalar decay: sums of log-decays along the chunk, begun anew at every token that forgets
 // all, so their differences are finite and exponents not positive. Channel decay:
@@ -47,6 +48,7 @@ class LinearOutputs {
         decay[kLinearChunk];  // scalar: sum of log2-decays since token `since`, that one's own not
     int since[kLinearChunk];  // the last token that forgot all, up to this one; -1: none
     float tops[kWarps];
+    alignas(8) float z[Plan::kNormalizer ? kRows : 2];
     int64_t sequence;
   };
 
@@ -78,6 +80,7 @@ class LinearOutputs {
     fill_values(own.b, h, first, count, column);
     float state_scale = 1;
     if (has_state) state_scale = fill_state(slot, h, column);
+    if (Plan::kNormalizer && has_state) fill_keys(slot, h);
     cute::cp_async_fence();
     if constexpr (kScalar) {
       if (warp_ == 0) sum_decays(own.b, h, first, count);
@@ -90,6 +93,7 @@ class LinearOutputs {
 
     float o[2][kSums] = {};
     uint32_t w[kLinearChunk / 16][4];
+    float sums[2] = {};  // of the rows' weights, what this lane has of them
     const float scale = float(p_.scale);
     if constexpr (kChannel) {
       float s[2][kKeys] = {};
@@ -98,18 +102,25 @@ class LinearOutputs {
       cute::cp_async_wait<0>();
       __syncthreads();  // of K, what each warp has weighed; V and S are there
       Channels::template finish<Elem, QTile, STile>(shared_, shared_ + kK, shared_ + kDecays,
-                                                    shared_ + kS, has_state, s, o, warp_, lane_);
+                                                    shared_ + kS, has_state, s, o, small_.z, sums,
+                                                    warp_, lane_);
+      sums[0] *= scale, sums[1] *= scale;
 #pragma unroll
       for (int i = 0; i < kSums; ++i) {
         o[0][i] *= scale * state_scale;
         o[1][i] *= scale * state_scale;
       }
-      weigh(scale, s);
+      weigh(scale, s, sums);
       pack(s, w);
     } else {
       float s[2][kKeys] = {};
       score(s);
-      weigh(scale, s);
+      if (has_state) {
+        sum_keys(sums);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) sums[r] *= scale * since_start(row(r));
+      }
+      weigh(scale, s, sums);
       pack(s, w);
       cute::cp_async_wait<0>();
       __syncthreads();
@@ -134,6 +145,16 @@ class LinearOutputs {
         v.load_transposed(16 * step, 2 * pair, b);
         multiply_add<Elem>(o[0], o[1], 2 * pair, w[step], b[0], b[1]);
         multiply_add<Elem>(o[0], o[1], 2 * pair + 1, w[step], b[2], b[3]);
+      }
+    }
+    if constexpr (Plan::kNormalizer) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+#pragma unroll
+        for (int step = 1; step < 4; step *= 2) sums[r] += __shfl_xor_sync(~0u, sums[r], step);
+        const float sum = away_from_zero(sums[r]);
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) o[r][i] /= sum;
       }
     }
     store(own.b, h, first, count, column, o);
@@ -229,6 +250,13 @@ class LinearOutputs {
     }
   }
 
+  __device__ __forceinline__ void fill_keys(int64_t slot, int64_t h) const {
+    const float* from = params_.work.keys + (slot * p_.H + h) * kRows;
+    for (int d = int(threadIdx.x); d < kRows; d += kThreads) {
+      small_.z[d] = d < Plan::kD ? from[d] : 0.0f;
+    }
+  }
+
   // One warp: lane l has tokens 2 l and 2 l + 1.
   __device__ __forceinline__ void sum_decays(int64_t b, int64_t h, int64_t first, int count) {
     float g[2];
@@ -304,8 +332,26 @@ class LinearOutputs {
     }
   }
 
+  // What a lane has of the product of the queries with z.
+  __device__ __forceinline__ void sum_keys(float (&sums)[2]) const {
+    if constexpr (Plan::kNormalizer) {
+      const auto q = read_a<QTile>(shared_, 16 * warp_, lane_);
+#pragma unroll 1
+      for (int step = 0; step < kRows / 16; ++step) {
+        uint32_t a[4];
+        q.load(0, 2 * step, a);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float* z = small_.z + 16 * step + i / 2 * 8 + lane_ % 4 * 2;
+          sums[i % 2] +=
+              widen<Elem>(uint16_t(a[i])) * z[0] + widen<Elem>(uint16_t(a[i] >> 16)) * z[1];
+        }
+      }
+    }
+  }
+
   // Tokens that are not later, by what is left of them. Channel decays are in the scores already.
-  __device__ __forceinline__ void weigh(float scale, float (&s)[2][kKeys]) const {
+  __device__ __forceinline__ void weigh(float scale, float (&s)[2][kKeys], float (&sums)[2]) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int t = row(r);
@@ -318,6 +364,7 @@ class LinearOutputs {
         const float decays = kScalar ? now - small_.decay[key] : 0.0f;
         const float left = ex2(decays > 0 ? 0.0f : decays);  // by a rounding; NaN stays
         s[r][c] = live ? s[r][c] * (scale * left) : 0.0f;
+        if constexpr (Plan::kNormalizer) sums[r] += s[r][c];
       }
     }
   }

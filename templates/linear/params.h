@@ -12,6 +12,7 @@ constexpr int kLinearChunk = 64;  // tokens of a chunk
 // which are enough for any lengths, and no prefix sum over the sequences is needed.
 struct LinearWork {
   void* states;    // [slots][H][round_up(D, 16)][round_up(Dv, 16)]
+  float* keys;     // under a normalizer z as well: [slots][H][round_up(D, 16)]
   int64_t slots;   // B chunks, or L / 64 + sequences of packed ones
   int64_t chunks;  // of a batch row; of packed sequences 0
 };

@@ -2,7 +2,7 @@
 // with its part of S in registers, and stores what each chunk starts from.
 //
 //   for each chunk:                                    K and V of the next one on their way
-//     states[chunk] = S
+//     states[chunk] = S                              and z, under a normalizer
 //     S = e^(sum of its decays) S + (K e^(sum of the decays after each token))^T V
 //   final_state = S
 //
@@ -28,6 +28,7 @@ class LinearStates {
   static constexpr int kColumns = kBv / kColumnWarps;  // of a warp
   static constexpr int kSums = kColumns / 4;           // of a row and thread
   static constexpr int kRows = round_up_16(Plan::kD), kPitch = round_up_16(Plan::kDv);
+  static constexpr int kWidth = kStateWidth<Plan>;
   static constexpr int kTilesK = (Plan::kD + kBk - 1) / kBk, kTilesV = (Plan::kDv + kBv - 1) / kBv;
   static constexpr int kParts = kThreads / kBk;  // of a chunk, each with a thread per channel
   static constexpr int kPart = kLinearChunk / kParts;
@@ -93,6 +94,7 @@ class LinearStates {
   int row_, column_;  // of S, where the tile starts
   int64_t h_, sequence_;
   float s_[2][kSums];  // rows row(0) and row(1)
+  float z_[2][2];      // of the same rows; its columns are equal
   float keep_ = 1;
 
   __device__ __forceinline__ int row(int r) const {
@@ -186,6 +188,7 @@ class LinearStates {
         const float keep = kChannel ? small_.keep[row(r) - row_] : keep_;
 #pragma unroll
         for (int i = 0; i < kSums; ++i) s_[r][i] *= keep;
+        if constexpr (Plan::kNormalizer) z_[r][0] *= keep, z_[r][1] *= keep;
       }
     }
     const auto k = read_a_transposed<KTile>(k_tile(c), lane_);
@@ -202,6 +205,10 @@ class LinearStates {
         a[1] = scale_pair<Elem>(a[1], low.x, low.y);
         a[2] = scale_pair<Elem>(a[2], high.x, high.y);
         a[3] = scale_pair<Elem>(a[3], high.x, high.y);
+      }
+      if constexpr (Plan::kNormalizer) {
+        const uint32_t ones = pack2<Elem>(1.0f, 1.0f);
+        multiply_add<Elem>(z_[0], z_[1], 0, a, ones, ones);
       }
 #pragma unroll
       for (int pair = 0; pair < kColumns / 16; ++pair) {
@@ -227,9 +234,22 @@ class LinearStates {
     }
   }
 
+  // Calls f(r, d) in one of the threads that have z of a row.
+  template <class F>
+  __device__ __forceinline__ void each_key(const F& f) {
+    if constexpr (Plan::kNormalizer) {
+      if (column() != 0 || lane_ % 4 != 0) return;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        if (row(r) < Plan::kD) f(r, row(r));
+      }
+    }
+  }
+
   __device__ __forceinline__ void load_initial() {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
+      z_[r][0] = z_[r][1] = 0;
 #pragma unroll
       for (int i = 0; i < kSums; ++i) s_[r][i] = 0;
     }
@@ -237,31 +257,34 @@ class LinearStates {
     const int64_t* s = p_.state_stride;
     const float* from = static_cast<const float*>(p_.state) + sequence_ * s[0] + h_ * s[1];
     each([&](int r, int i, int d, int n) { s_[r][i] = __ldg(from + d * s[2] + n * s[3]); });
+    each_key([&](int r, int d) { z_[r][0] = __ldg(from + d * s[2] + Plan::kDv * s[3]); });
   }
 
   __device__ __forceinline__ void store_final() {
-    float* to = static_cast<float*>(p_.final_state) +
-                (sequence_ * p_.H + h_) * int64_t(Plan::kD * Plan::kDv);
-    if (Plan::kDv % 2 == 0) {
+    float* to =
+        static_cast<float*>(p_.final_state) + (sequence_ * p_.H + h_) * int64_t(Plan::kD * kWidth);
+    each_key([&](int r, int d) { to[d * kWidth + Plan::kDv] = z_[r][0]; });
+    if (kWidth % 2 == 0 && Plan::kDv % 2 == 0) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
 #pragma unroll
         for (int i = 0; i < kSums; i += 2) {
           const int n = column() + i / 2 * 8 + lane_ % 4 * 2;
           if (row(r) < Plan::kD && n < Plan::kDv) {
-            *reinterpret_cast<float2*>(to + row(r) * Plan::kDv + n) =
+            *reinterpret_cast<float2*>(to + row(r) * kWidth + n) =
                 make_float2(s_[r][i], s_[r][i + 1]);
           }
         }
       }
     } else {
-      each([&](int r, int i, int d, int n) { to[d * Plan::kDv + n] = s_[r][i]; });
+      each([&](int r, int i, int d, int n) { to[d * kWidth + n] = s_[r][i]; });
     }
   }
 
   __device__ __forceinline__ void store_entry(int c) {
     const int64_t slot = first_slot(p_, params_.work, sequence_) + c;
     if (slot >= params_.work.slots) return;  // of lengths that are none
+    each_key([&](int r, int d) { params_.work.keys[(slot * p_.H + h_) * kRows + d] = z_[r][0]; });
     auto* to = static_cast<StoredState<Plan>*>(params_.work.states) +
                (slot * p_.H + h_) * int64_t(kRows * kPitch) + column();
 #pragma unroll

@@ -25,11 +25,9 @@ class LinearStep {
   static constexpr int kRows = (Plan::kD + kRowsAtOnce - 1) / kRowsAtOnce;  // of a thread
   static constexpr int kD = kRows * kRowsAtOnce;
   static constexpr int kTiles = (Plan::kDv + kColumns - 1) / kColumns;
-  static constexpr int kWidth = Plan::kDv + (Plan::kNormalizer ? 1 : 0);  // of the state's rows
+  static constexpr int kWidth = kStateWidth<Plan>;
   static constexpr bool kChannel = Plan::kDecay == DecayKind::kChannel;
   static constexpr int kZ = Plan::kNormalizer ? (Plan::kD + kThreads - 1) / kThreads : 1;
-  // What the sum of the keys is kept away from 0 by.
-  static constexpr float kLeast = 1e-6f;
 
  public:
   struct Small {
@@ -282,9 +280,7 @@ class LinearStep {
       float sum = 0;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) sum += small_.z[w];
-      sum *= float(p_.scale);
-      if (fabsf(sum) < kLeast) sum = sum < 0 ? -kLeast : kLeast;
-      o /= sum;
+      o /= away_from_zero(sum * float(p_.scale));
     }
     if constexpr (Fn::kHasOutMod) o = Fn::out_mod(env_, HookAt{b, h_, t, n, 1}, o);
     const int64_t* s = p_.out_stride;

@@ -6,7 +6,8 @@
 //     Decay, Beta                 element types of decay and beta; float where there is none
 //     kD, kDv                     head dims, 1 to 256
 //     kDecay                      DecayKind
-//     kDelta, kNormalizer         alone in the step kernel (linear/step.cuh)
+//     kDelta                      alone in the step kernel (linear/step.cuh)
+//     kNormalizer
 //     kValueBlock                 columns of a block of the output pass
 //     kOutputBytes, kStateBytes, kSplitBytes, of dynamic shared memory of the three chunk kernels
 //   struct Fn:
@@ -37,6 +38,16 @@ constexpr bool kHasDecay = Plan::kDecay != DecayKind::kNone;
 // sums over long sequences, so there they stay fp32 and are scaled where they are used.
 template <class Plan>
 using StoredState = std::conditional_t<__is_same(typename Plan::Elem, bf16), uint16_t, float>;
+
+// Columns of a state's row.
+template <class Plan>
+constexpr int kStateWidth = Plan::kDv + (Plan::kNormalizer ? 1 : 0);
+
+// What the sum of weights that divides an output is kept away from 0 by.
+constexpr float kLeastSum = 1e-6f;
+__device__ __forceinline__ float away_from_zero(float sum) {
+  return fabsf(sum) < kLeastSum ? (sum < 0 ? -kLeastSum : kLeastSum) : sum;
+}
 
 constexpr int round_up_16(int x) { return (x + 15) / 16 * 16; }
 
