@@ -39,7 +39,7 @@ class LinearBackward {
         env_{p.captures, p.fault, p.L},
         mute_(!Plan::kNormalizer && p.scale == 0),
         factor_(Plan::kNormalizer || mute_ ? A(1) : A(p.scale)),
-        io_(p, env_, factor_) {}
+        io_(p, env_, factor_, mute_) {}
 
   int64_t workspace_bytes() const { return cut_.total_bytes(p_); }
 
@@ -90,7 +90,7 @@ class LinearBackward {
     memory += sizeof(Scratch);
     const auto head = [&](int64_t j) { return cut_.head(memory + j * cut_.head_bytes()); };
     const Keys keys(io_, x);
-    const Step step(io_, x, keys, A(p_.scale), mute_);
+    const Step step(io_, x, keys, A(p_.scale));
     const int64_t chunks = (task.end - task.begin + C - 1) / C;
     const auto at = [&](int64_t c, int64_t j) {
       const int64_t t = task.begin + c * C, left = task.end - t;
@@ -101,14 +101,20 @@ class LinearBackward {
     for (int64_t c = 0; c < chunks; ++c) {
       const bool last = c + 1 == chunks;
       if (!last || X::kDelta) keys.load_keys(at(c, 0));
-      for (int64_t j = 0; j < task.heads; ++j) step.forward(at(c, j), head(j), c, last);
+      for (int64_t j = 0; j < task.heads; ++j) {
+        step.forward(at(c, j), j + 1 < task.heads ? at(c, j + 1) : at(last ? c : c + 1, 0), head(j),
+                     c, last);
+      }
     }
     for (int64_t j = 0; j < task.heads; ++j) final_adjoint(task, task.first_head + j, head(j));
     for (int64_t c = chunks - 1; c >= 0; --c) {
       const LinearAt here = at(c, 0);
       keys.load_keys(here);
       keys.load_queries(here);
-      for (int64_t j = 0; j < task.heads; ++j) step.backward(at(c, j), head(j), c);
+      for (int64_t j = 0; j < task.heads; ++j) {
+        step.backward(at(c, j), j + 1 < task.heads ? at(c, j + 1) : at(c > 0 ? c - 1 : c, 0),
+                      head(j), c);
+      }
       keys.finish(here);
       if (cut_.blocks == 1) {
         io_.store_q(here, x.dq);

@@ -31,10 +31,9 @@ class LinearBackwardStep {
   static constexpr bool kDelta = X::kDelta, kNormalizer = X::kNormalizer;
 
  public:
-  // `scale`: of the scores. `mute`: dO counts as zero.
-  LinearBackwardStep(const Operands& io, LinearBackwardScratch<Plan>& x, const Keys& keys, A scale,
-                     bool mute)
-      : io_(io), x_(x), keys_(keys), scale_(scale), mute_(mute) {}
+  // `scale`: of the scores.
+  LinearBackwardStep(const Operands& io, LinearBackwardScratch<Plan>& x, const Keys& keys, A scale)
+      : io_(io), x_(x), keys_(keys), scale_(scale) {}
 
   // Tiles of which parts are read that nothing writes.
   void begin() const {
@@ -52,43 +51,67 @@ class LinearBackwardStep {
 
   // Keeps the state before chunk c; under the delta rule what the chunk writes; and, unless it is
   // the last, moves the state behind the chunk.
-  void forward(const LinearAt& at, const Head& head, int64_t c, bool last) const {
+  void forward(const LinearAt& at, const LinearAt& next, const Head& head, int64_t c,
+               bool last) const {
     keep(head, c);
     if (last && !kDelta) return;
     keys_.load_decays(at, false);
-    io_.load_v(at, x_.v);
-    const A* written = x_.v;
+    auto* v = v_tile();
+    io_.load_v(at, next, v);
     if constexpr (kDelta) {
       keys_.scores(at.n, false);
       system(at);
-      solve(at.n, head, c);
-      written = head.written(c);
+      solve(at.n, v, head, c);
+      if (last) return;
+      Tile::template by_scaled_row<kVp>(head.written(c), x_.scaled_row, at.n, x_.gates.f);
+    } else {
+      Tile::template by_scaled_row<kVp>(v, x_.scaled_row, at.n, x_.gates.f);
     }
-    if (last) return;
-    Tile::template by_scaled_row<kVp>(written, x_.scaled_row, at.n, x_.gates.f);
     keys_.add_keys(at.n, x_.scaled_row, head.state);
     if constexpr (kNormalizer) keys_.add_z(at.n, head.z);
   }
 
-  void backward(const LinearAt& at, const Head& head, int64_t c) const {
-    const int n = at.n;
+  // `next`: what follows.
+  void backward(const LinearAt& at, const LinearAt& next, const Head& head, int64_t c) const {
     keys_.load_decays(at, true);
-    keys_.scores(n, true);
-    const A* written = x_.v;
+    keys_.scores(at.n, true);
     if constexpr (kDelta) {
-      written = head.written(c);
       system(at);
+      backward(at, next, head, c, head.written(c));
     } else {
-      io_.load_v(at, x_.v);
+      io_.load_v(at, next, v_tile());
+      backward(at, next, head, c, v_tile());
     }
+  }
+
+ private:
+  // Where operands that need no rounding are copied to at once.
+  auto* v_tile() const {
+    if constexpr (__is_same(typename Operands::VTile, A)) {
+      return x_.v;
+    } else {
+      return x_.v_nat;
+    }
+  }
+  auto* dout_tile() const {
+    if constexpr (__is_same(typename Operands::OutTile, A)) {
+      return x_.dout;
+    } else {
+      return x_.dout_nat;
+    }
+  }
+
+  template <class E>
+  void backward(const LinearAt& at, const LinearAt& next, const Head& head, int64_t c,
+                const E* written) const {
+    const int n = at.n;
     if constexpr (kNormalizer) denominators(n, head.z_of(c));
-    io_.load_dout(at, x_.dout);
+    io_.load_dout(at, next, dout_tile());
     if constexpr (Fn::kHasOutMod) out_mod_back(at, head, c, written);
-    if (mute_) Tile::clear(x_.dout, C * kVp);
 
     const M* v_nat = Tile::natural(written, x_.v_nat, C * kVp);
     Tile::template by_column<kVWidth>(v_nat, kVp, x_.v_col);
-    const M* dout_nat = Tile::natural(x_.dout, x_.dout_nat, C * kVp);
+    const M* dout_nat = Tile::natural(dout_tile(), x_.dout_nat, C * kVp);
     Tile::template by_column<kVWidth>(dout_nat, kVp, x_.dout_col);
     Tile::lower_scores(n, X::kDv, dout_nat, kVp, x_.v_col, x_.dm);
     through(head.state_of(c), x_.dout_col, x_.x_t);
@@ -103,7 +126,6 @@ class LinearBackwardStep {
     move_adjoint(n, head);
   }
 
- private:
   __attribute__((noinline)) void keep(const Head& head, int64_t c) const {
     M* kept = head.state_of(c);
     for (int64_t i = 0; i < int64_t(D) * kVp; i += W) {
@@ -130,13 +152,14 @@ class LinearBackwardStep {
     invert_diagonal<A, C>(x_.minus, at.n, x_.inverse);
   }
   // r and W from v; rows past n are zero.
-  __attribute__((noinline)) void solve(int n, const Head& head, int64_t c) const {
+  template <class E>
+  __attribute__((noinline)) void solve(int n, const E* v, const Head& head, int64_t c) const {
     A *r = head.residual(c), *written = head.written(c);
     keys_.keys_in_times(n, Tile::template by_row<kVp>(head.state, x_.state_row, D), x_.dv);
     for (int t = 0; t < n; ++t) {
       for (int d = 0; d < kVWidth; d += W) {
         const int64_t i = int64_t(t) * kVp + d;
-        const V x = load_vector<V>(x_.v + i) - load_vector<V>(x_.dv + i) * x_.gates.e[t];
+        const V x = load_widened<A>(v + i) - load_vector<V>(x_.dv + i) * x_.gates.e[t];
         store_vector(r + i, x);
         store_vector(x_.dv + i, x * x_.beta[t]);
       }
@@ -160,7 +183,7 @@ class LinearBackwardStep {
       solve_unit_lower<A, C, kVp, true>(x_.minus, x_.inverse, n, x_.dv, y);
     }
     Tile::clear(y + int64_t(n) * kVp, int64_t(C - n) * kVp);
-    const M* y_nat = Tile::natural(y, x_.dout_nat, C * kVp);
+    const M* y_nat = Tile::natural(y, x_.v_nat, C * kVp);
     Tile::lower_scores(n, X::kDv, y_nat, kVp, x_.v_col, x_.da);
     const A* r = head.residual(c);
     for (int t = 0; t < n; ++t) {
@@ -179,7 +202,7 @@ class LinearBackwardStep {
     }
     io_.store_beta(at, x_.grad);
     Tile::clear(x_.dv + int64_t(n) * kVp, int64_t(C - n) * kVp);
-    const M* dv_nat = Tile::natural(x_.dv, x_.dout_nat, C * kVp);
+    const M* dv_nat = Tile::natural(x_.dv, x_.v_nat, C * kVp);
     Tile::template by_column<kVWidth>(dv_nat, kVp, x_.dout_col);
     through(head.state_of(c), x_.dout_col, x_.y_t);
   }
@@ -219,7 +242,8 @@ class LinearBackwardStep {
 
   // ---- out_mod ----
   // The operand of out_mod, o before it, and dO through it.
-  void out_mod_back(const LinearAt& at, const Head& head, int64_t c, const A* written) const {
+  template <class E>
+  void out_mod_back(const LinearAt& at, const Head& head, int64_t c, const E* written) const {
     const int n = at.n;
     const M* state = head.state_of(c);
     if constexpr (X::kRounds) {
@@ -235,6 +259,7 @@ class LinearBackwardStep {
     for (int t = 0; t < n; ++t) x_.row_factor[t] = kNormalizer ? x_.inverse_den[t] : scale_;
     scale_rows(n, x_.row_factor, o);
     io_.out_back(at, o, x_.dout);
+    if (!kNormalizer && scale_ == A(0)) Tile::clear(x_.dout, C * kVp);
   }
   static void scale_rows(int n, const A* factor, A* x) {
     for (int t = 0; t < n; ++t) {
@@ -248,10 +273,10 @@ class LinearBackwardStep {
   // dW into dv.
   void written_gradients(int n, const Head& head) const {
     keys_.keys_out_times(n, Tile::template by_row<kVp>(head.state, x_.state_row, D), x_.dv);
-    if (Tile::any_bad(x_.dout, n, kVWidth, kVp)) {
+    if (Tile::any_bad(dout_tile(), n, kVWidth, kVp)) {
       scale_rows(n, x_.gates.f, x_.dv);
       Tile::template lower_transposed_by_rows<kVp>(n, x_.m, kNormalizer ? x_.inverse_den : nullptr,
-                                                   x_.dout, x_.dv);
+                                                   dout_tile(), x_.dv);
       return;
     }
     const M* pairs = x_.pairs;
@@ -260,7 +285,7 @@ class LinearBackwardStep {
     } else {
       pairs = Tile::template by_row<C>(x_.m, x_.pairs, n);
     }
-    const M* rows = Tile::template by_row<kVp>(x_.dout, x_.dout_row, n);
+    const M* rows = Tile::template by_row<kVp>(dout_tile(), x_.dout_row, n);
     Tile::template lower_transposed_times<kVWidth, GemmMode::kScale>(n, pairs, rows, kVp, x_.dv,
                                                                      kVp, x_.gates.f);
   }
@@ -270,7 +295,7 @@ class LinearBackwardStep {
     for (int t = 0; t < n; ++t) {
       x_.row_factor[t] = x_.gates.e[t] * (kNormalizer ? x_.inverse_den[t] : A(1));
     }
-    Tile::template by_scaled_row<kVp>(x_.dout, x_.scaled_row, n, x_.row_factor);
+    Tile::template by_scaled_row<kVp>(dout_tile(), x_.scaled_row, n, x_.row_factor);
     keys_.add_queries(n, x_.scaled_row, head.state);
     if constexpr (kNormalizer) keys_.add_dz(n, x_.dden, head.z);
     if constexpr (kDelta) {
@@ -284,7 +309,6 @@ class LinearBackwardStep {
   LinearBackwardScratch<Plan>& x_;
   const Keys& keys_;
   const A scale_;
-  const bool mute_;
 };
 
 }  // namespace ae

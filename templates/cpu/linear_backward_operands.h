@@ -15,9 +15,14 @@ class LinearBackwardOperands {
   static constexpr int W = X::W, C = X::C;
 
  public:
-  // `scale`: of what is stored; see LinearBackward.
-  LinearBackwardOperands(const ae_linear_params& p, const Env& env, A scale)
-      : p_(p), env_(env), inputs_(p, env), scale_(scale) {}
+  // What v and dO are taken as: in bf16 products without hooks as they lie, else accumulators.
+  using M = typename X::M;
+  using VTile = std::conditional_t<Fn::kHasVMod, A, M>;
+  using OutTile = std::conditional_t<Fn::kHasOutMod, A, M>;
+
+  // `scale`: of what is stored; `mute`: dO counts as zero; see LinearBackward.
+  LinearBackwardOperands(const ae_linear_params& p, const Env& env, A scale, bool mute)
+      : p_(p), env_(env), inputs_(p, env), scale_(scale), mute_(mute) {}
 
   const Inputs& inputs() const { return inputs_; }
   A scale() const { return scale_; }
@@ -31,17 +36,24 @@ class LinearBackwardOperands {
     load(dst, X::kDp, inputs_.raw_k(at), at, X::kD, at.hk,
          [this](const HookAt& h, V x) { return Fn::k_mod(env_, h, x); });
   }
-  void load_v(const LinearAt& at, A* dst) const {
-    load(dst, X::kVp, inputs_.raw_v(at, 0), at, X::kDv, at.h,
-         [this](const HookAt& h, V x) { return Fn::v_mod(env_, h, x); });
-  }
-  void load_dout(const LinearAt& at, A* dst) const {
-    if (p_.dout == nullptr) {
-      LinearTile<Plan>::clear(dst, C * X::kVp);
-      return;
+  // `next` is the chunk that will be loaded then: it is fetched meanwhile.
+  void load_v(const LinearAt& at, const LinearAt& next, VTile* dst) const {
+    const auto rows = inputs_.raw_v(at, 0);
+    if constexpr (Fn::kHasVMod) {
+      load(dst, X::kVp, rows, at, X::kDv, at.h,
+           [this](const HookAt& h, V x) { return Fn::v_mod(env_, h, x); });
+    } else {
+      copy(dst, rows, at.n, inputs_.raw_v(next, 0).base - rows.base);
     }
-    load(dst, X::kVp, Inputs::template rows<Elem>(p_.dout, p_.dout_stride, at.b, at.h, at.t), at,
-         X::kDv, at.h, [](const HookAt&, V x) { return x; });
+  }
+  void load_dout(const LinearAt& at, const LinearAt& next, OutTile* dst) const {
+    if (p_.dout == nullptr || (mute_ && !Fn::kHasOutMod)) {
+      return LinearTile<Plan>::clear(dst, C * X::kVp);
+    }
+    const auto rows = [&](const LinearAt& a) {
+      return Inputs::template rows<Elem>(p_.dout, p_.dout_stride, a.b, a.h, a.t);
+    };
+    copy(dst, rows(at), at.n, rows(next).base - rows(at).base);
   }
 
   // ---- results, times `scale` ----
@@ -131,6 +143,28 @@ class LinearBackwardOperands {
     LinearTile<Plan>::clear(dst + int64_t(at.n) * pitch, int64_t(C - at.n) * pitch);
   }
 
+  // Rows of kDv elements as they are, zero past n and to the next vector; what lies `ahead`
+  // elements on is fetched.
+  template <class To>
+  __attribute__((noinline)) static void copy(To* dst, const LinearRows<Elem>& rows, int n,
+                                             int64_t ahead) {
+    for (int i = 0; i < n; ++i) {
+      const Elem* from = rows(i);
+      for (int d = 0; d < X::kDv; d += W) {
+        const int count = X::kDv - d < W ? X::kDv - d : W;
+        __builtin_prefetch(from + d * rows.col + ahead, 0, 2);
+        To* to = dst + int64_t(i) * X::kVp + d;
+        if constexpr (__is_same(To, Elem)) {
+          store_vector(to, load_packed<A, To>(from + d * rows.col, rows.col, count, NoMod{}));
+        } else {
+          store_vector(to,
+                       first_lanes<A>(load_lanes<A>(from + d * rows.col, rows.col, count), count));
+        }
+      }
+    }
+    LinearTile<Plan>::clear(dst + int64_t(n) * X::kVp, int64_t(C - n) * X::kVp);
+  }
+
   template <class E>
   static AE_INLINE void store_lanes(E* out, int64_t at, V x, int count) {
     if (out == nullptr) return;
@@ -182,6 +216,7 @@ class LinearBackwardOperands {
   const Env& env_;
   const Inputs inputs_;
   const A scale_;
+  const bool mute_;
 };
 
 }  // namespace ae

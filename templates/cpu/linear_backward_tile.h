@@ -16,14 +16,15 @@ struct LinearTile {
 
   static constexpr int steps(int n) { return (n + kPair - 1) / kPair; }
 
-  // ---- operands ----
-  // An A operand: `n` accumulators, rounded into `room` where the types differ.
-  __attribute__((noinline)) static const M* natural(const A* x, M* room, int64_t n) {
-    if constexpr (X::kRounds) {
+  // ---- operands, from accumulators or from what is in the multiply type already ----
+  // An A operand: `n` elements, rounded into `room` where the types differ.
+  template <class E>
+  __attribute__((noinline)) static const M* natural(const E* x, M* room, int64_t n) {
+    if constexpr (__is_same(E, M)) {
+      return x;
+    } else {
       for (int64_t i = 0; i < n; i += W) store_multiply(room + i, load_vector<V>(x + i));
       return room;
-    } else {
-      return x;
     }
   }
   // What natural or by_row of `same` has given.
@@ -34,21 +35,33 @@ struct LinearTile {
       return same;
     }
   }
-  // A B operand over `rows` rows of `kPitch` accumulators.
-  template <int kPitch>
-  __attribute__((noinline)) static const M* by_row(const A* x, M* room, int rows) {
-    if constexpr (X::kRounds) {
-      pack_sums<A, M, kPitch>(room, x, rows, [](int) { return A(1); });
+  // A B operand over `rows` rows of `kPitch` elements.
+  template <int kPitch, class E>
+  __attribute__((noinline)) static const M* by_row(const E* x, M* room, int rows) {
+    if constexpr (!X::kRounds) {
+      return x;
+    } else if constexpr (__is_same(E, M)) {
+      pack_pairs<A, kPitch>(room, StridedRows<M>{x, kPitch}, 1, rows, rows + rows % 2, NoMod{});
       return room;
     } else {
-      return x;
+      pack_sums<A, M, kPitch>(room, x, rows, [](int) { return A(1); });
+      return room;
     }
   }
   // The same, row i scaled by factor[i].
-  template <int kPitch>
-  __attribute__((noinline)) static void by_scaled_row(const A* x, M* room, int rows,
+  template <int kPitch, class E>
+  __attribute__((noinline)) static void by_scaled_row(const E* x, M* room, int rows,
                                                       const A* factor) {
-    pack_sums<A, M, kPitch>(room, x, rows, [factor](int i) { return factor[i]; });
+    for (int i = 0; i < rows; i += kPair) {
+      const bool whole = i + kPair <= rows;
+      const E* p = x + int64_t(i) * kPitch;
+      for (int j = 0; j < kPitch; j += W) {
+        const V even = load_widened<A>(p + j) * factor[i];
+        V odd{};
+        if (kPair == 2 && whole) odd = load_widened<A>(p + kPitch + j) * factor[i + 1];
+        store_pairs(room + int64_t(i) * kPitch + j * kPair, even, odd);
+      }
+    }
   }
   // A B operand over the first `kWidth` columns of a natural tile of C rows.
   template <int kWidth>
@@ -59,6 +72,11 @@ struct LinearTile {
   static void clear(A* x, int64_t n) { __builtin_memset(x, 0, uint64_t(n) * sizeof(A)); }
   static void copy(A* dst, const A* src, int64_t n) {
     __builtin_memcpy(dst, src, uint64_t(n) * sizeof(A));
+  }
+  static void clear(M* x, int64_t n)
+    requires X::kRounds
+  {
+    __builtin_memset(x, 0, uint64_t(n) * sizeof(M));
   }
 
   // ---- products ----
@@ -118,10 +136,11 @@ struct LinearTile {
 
   // ---- the same where x holds Inf or NaN ----
   // Products with the zeros above the diagonal would carry those to tokens that they do not reach.
-  static bool any_bad(const A* x, int n, int width, int pitch) {
+  template <class E>
+  static bool any_bad(const E* x, int n, int width, int pitch) {
     V seen{};
     for (int i = 0; i < n; ++i) {
-      for (int d = 0; d < width; d += W) seen += load_vector<V>(x + int64_t(i) * pitch + d) * A(0);
+      for (int d = 0; d < width; d += W) seen += load_widened<A>(x + int64_t(i) * pitch + d) * A(0);
     }
     return hsum(seen) != A(0);
   }
@@ -132,9 +151,9 @@ struct LinearTile {
       for (int s = 0; s <= t; ++s) add_row<kPitch>(l[t * C + s], x, s, c, t);
     }
   }
-  template <int kPitch>
+  template <int kPitch, class E>
   __attribute__((noinline)) static void lower_transposed_by_rows(int n, const A* l, const A* factor,
-                                                                 const A* x, A* c) {
+                                                                 const E* x, A* c) {
     for (int s = 0; s < n; ++s) {
       for (int t = s; t < n; ++t) {
         add_row<kPitch>(factor == nullptr ? l[t * C + s] : l[t * C + s] * factor[t], x, t, c, s);
@@ -171,11 +190,11 @@ struct LinearTile {
 
  private:
   // Row `to` of c += factor times row `from` of x.
-  template <int kPitch>
-  static AE_INLINE void add_row(A factor, const A* x, int from, A* c, int to) {
+  template <int kPitch, class E>
+  static AE_INLINE void add_row(A factor, const E* x, int from, A* c, int to) {
     for (int d = 0; d < kPitch; d += W) {
       A* p = c + int64_t(to) * kPitch + d;
-      store_vector(p, load_vector<V>(p) + factor * load_vector<V>(x + int64_t(from) * kPitch + d));
+      store_vector(p, load_vector<V>(p) + factor * load_widened<A>(x + int64_t(from) * kPitch + d));
     }
   }
 };

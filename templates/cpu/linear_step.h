@@ -7,6 +7,7 @@
 #pragma once
 #include "cpu/linear_forward_work.h"
 #include "cpu/linear_output.h"
+#include "cpu/linear_state.h"
 
 namespace ae {
 
@@ -14,26 +15,6 @@ namespace ae {
 // state, at a third of the rate of a product.
 constexpr int kStepTokens = 4;
 static_assert(kStepTokens <= kLinearBlock);
-
-// Stored past the caches where the machine can and p is aligned.
-template <class V>
-AE_INLINE void stream_vector(void* p, V v) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(V) == 64) return _mm512_stream_ps((float*)p, (__m512)v);
-#endif
-#if defined(__AVX2__)
-  if constexpr (sizeof(V) == 32) return _mm256_stream_ps((float*)p, (__m256)v);
-#endif
-#if defined(__SSE4_1__)
-  if constexpr (sizeof(V) == 16) return _mm_stream_ps((float*)p, (__m128)v);
-#endif
-  store_vector(p, v);
-}
-inline void stream_end() {
-#if defined(__SSE4_1__)
-  _mm_sfence();
-#endif
-}
 
 template <class Plan, class Fn>
 class LinearStep {
@@ -44,13 +25,13 @@ class LinearStep {
   static constexpr int64_t kRow = T::kStateColumns;
   static constexpr LinearForwardScratch<Plan> kAt{};
   static constexpr bool kDelta = Plan::kDelta, kNormalizer = Plan::kNormalizer;
-  // Vectors of a row that are worked on together.
-  static constexpr int kVectors = kRegisterBytes == 64 ? 8 : kDelta ? 2 : 4;
+  // Registers for sums: vectors of a row that are worked on together, times tokens. In memory the
+  // sums would stand between the stores of the state, which are what is waited for (measured: half
+  // the bandwidth).
+  static constexpr int kSums = kRegisterBytes == 64 ? 16 : 8;
+  static constexpr int kVectors = kDelta ? kSums / 2 : kSums;
 
  public:
-  // States of a launch from which on they do not stay in the cache.
-  static constexpr int64_t kStreamBytes = 16 << 20;
-
   // scratch: LinearForwardScratch, then the state of a head of the task.
   LinearStep(const LinearInputs<Plan, Fn>& in, const LinearTask& task, char* scratch)
       : in_(in), p_(in.params()), task_(task), scratch_(scratch) {
@@ -58,9 +39,7 @@ class LinearStep {
     const int end = (task.panel + task.panels) * T::kPanel;
     last_ = end < T::kDv ? end : T::kDv;
     state_ = at(kAt.bytes);
-    const int64_t row = kRow * int64_t(sizeof(Acc));
-    stream_ = p_.final_state != nullptr && p_.sequences * p_.H * kD * row >= kStreamBytes &&
-              (int64_t)p_.final_state % kRegisterBytes == 0 && row % kRegisterBytes == 0;
+    stream_ = streams_states<Plan>(p_);
   }
 
   void run() {
@@ -124,9 +103,12 @@ class LinearStep {
         group<kCount>(where, column, kCount * W, from, to);
       }
     };
-    groups.template operator()<kVectors>();
+    if (kDelta || where.n < 2) groups.template operator()<kVectors>();
+    if constexpr (kVectors > 8) {
+      if (where.n < 3) groups.template operator()<8>();
+    }
     if constexpr (kVectors > 4) groups.template operator()<4>();
-    if constexpr (kVectors > 2) groups.template operator()<2>();
+    groups.template operator()<2>();
     groups.template operator()<1>();
     if (column < last_) group<0>(where, column, last_ - column, from, to);
   }
@@ -148,6 +130,8 @@ class LinearStep {
   void normalize(const LinearAt& where, const Acc* from, Acc* to) {
     Acc den[kStepTokens]{};
     for (int d = 0; d < kD; ++d) {
+      // The lines of a column: they are far apart, and the rows come next.
+      if (from != nullptr) __builtin_prefetch(from + (d + 16) * p_.state_stride[2] + T::kDv);
       Acc z = from != nullptr ? from[d * p_.state_stride[2] + T::kDv] : Acc(0);
       for (int t = 0; t < where.n; ++t) {
         z = z * decay(t, d) + k(t)[d];
@@ -170,26 +154,46 @@ class LinearStep {
     // No initial state: a row of zeros again and again.
     const Acc* from = initial != nullptr ? initial + column : kZeros;
     int64_t from_pitch = initial != nullptr ? p_.state_stride[2] : 0;
-    for (int t = 0; t < where.n; ++t) {
-      const bool end = t + 1 == where.n && final_state != nullptr;
-      Acc* to = end ? final_state + column : state_;
-      const int64_t to_pitch = end ? kRow : pitch;
-      V v[N], o[N]{};
-      for (int j = 0; j < N; ++j) {
-        v[j] = load_lanes<Acc>(values(t) + j * W * values.col, values.col, kCount > 0 ? W : width);
-      }
-      // From the second token on the rows are those that the last one wrote, in place.
-      const int count = kCount > 0 || t == 0 || end ? width : W;
-      if constexpr (kDelta) {
-        V kept[N]{};
-        const Acc both = gather<kCount>(t, from, from_pitch, count, kept, o);
-        for (int j = 0; j < N; ++j) v[j] = (v[j] - kept[j]) * beta_[t];
-        for (int j = 0; j < N; ++j) o[j] += v[j] * both;
-      }
-      sweep<kCount>(t, from, from_pitch, to, to_pitch, count, end && stream_, v, o);
-      for (int j = 0; j < N; ++j) store_vector(sums + t * pitch + j * W, o[j] * Acc(p_.scale));
-      from = state_, from_pitch = pitch;
+    const Acc* next = from + kAhead * from_pitch;
+    if (kDelta && initial != nullptr) {
+      const bool same = column + 2 * N * W <= last_;
+      next = same ? from + N * W : initial + p_.state_stride[1] + first_;
     }
+    int t = 0;
+    const auto tokens = [&]<int kTokens>() {
+      for (; t + kTokens <= where.n; t += kTokens) {
+        const bool end = t + kTokens == where.n && final_state != nullptr;
+        Acc* to = end ? final_state + column : state_;
+        const int64_t to_pitch = end ? kRow : pitch;
+        V v[kTokens][N], o[kTokens][N]{};
+        for (int i = 0; i < kTokens; ++i) {
+          const auto* row = values(t + i);
+          for (int j = 0; j < N; ++j) {
+            v[i][j] = load_lanes<Acc>(row + j * W * values.col, values.col, kCount > 0 ? W : width);
+          }
+        }
+        // From the second time on the rows are those of the last, in place.
+        const int count = kCount > 0 || t == 0 || end ? width : W;
+        if constexpr (kDelta) {
+          V kept[N]{};
+          const Acc both = gather<kCount>(t, from, from_pitch, count, kept, o[0]);
+          for (int j = 0; j < N; ++j) v[0][j] = (v[0][j] - kept[j]) * beta_[t];
+          for (int j = 0; j < N; ++j) o[0][j] += v[0][j] * both;
+        }
+        sweep<kCount, kTokens>(t, from, from_pitch, to, to_pitch, count, end && stream_, next, v,
+                               o);
+        for (int i = 0; i < kTokens; ++i) {
+          for (int j = 0; j < N; ++j) {
+            store_vector(sums + (t + i) * pitch + j * W, o[i][j] * Acc(p_.scale));
+          }
+        }
+        from = state_, from_pitch = pitch;
+      }
+    };
+    constexpr int kTogether = kDelta || kCount == 0 ? 1 : kSums / N;
+    if constexpr (kTogether >= 4) tokens.template operator()<4>();
+    if constexpr (kTogether >= 2) tokens.template operator()<2>();
+    tokens.template operator()<1>();
     finish_rows<Plan, Fn>(in_, where, column, width, sums, pitch, kNormalizer ? inverse_ : nullptr);
   }
 
@@ -204,23 +208,32 @@ class LinearStep {
     }
   }
 
-  // The new rows; without the delta rule o += q_d of each.
-  template <int kCount>
+  // The rows after some tokens; without the delta rule o += q_d of each. Meanwhile rows from `next`
+  // on are fetched: those further down, or under the delta rule, which has just read these, those
+  // that come after.
+  template <int kCount, int kTokens, int N>
   AE_INLINE void sweep(int t, const Acc* from, int64_t from_pitch, Acc* to, int64_t to_pitch,
-                       int count, bool stream, const V* values, V* out) const {
-    constexpr int N = kCount > 0 ? kCount : 1;
-    V v[N], o[N];
-    for (int j = 0; j < N; ++j) v[j] = values[j], o[j] = out[j];
+                       int count, bool stream, const Acc* next, const V (&v)[kTokens][N],
+                       V (&out)[kTokens][N]) const {
+    V o[kTokens][N];
+#pragma GCC unroll 4
+    for (int i = 0; i < kTokens; ++i) {
+#pragma GCC unroll 16
+      for (int j = 0; j < N; ++j) o[i][j] = out[i][j];
+    }
     const Acc *qs = q(t), *ks = k(t);
+    const int64_t next_pitch = p_.state_stride[2];
     for (int d = 0; d < kD; ++d, from += from_pitch, to += to_pitch) {
-      const Acc a = decay(t, d);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int j = 0; j < N; ++j) {
-        if (!kDelta) __builtin_prefetch(from + kAhead * from_pitch + j * W);
+        __builtin_prefetch(next + d * next_pitch + j * W, 0, kDelta ? 2 : 3);
         V s = load_state<kCount>(from, j, count);
-        if constexpr (T::kDecay != DecayKind::kNone) s *= a;
-        s += v[j] * ks[d];
-        if constexpr (!kDelta) o[j] += s * qs[d];
+#pragma GCC unroll 4
+        for (int i = 0; i < kTokens; ++i) {
+          if constexpr (T::kDecay != DecayKind::kNone) s *= decay(t + i, d);
+          s += v[i][j] * ks[i * kPitch + d];
+          if constexpr (!kDelta) o[i][j] += s * qs[i * kPitch + d];
+        }
         if constexpr (kCount == 0) {
           Acc copy[W];
           store_vector(copy, s);
@@ -232,7 +245,11 @@ class LinearStep {
         }
       }
     }
-    for (int j = 0; j < N; ++j) out[j] = o[j];
+#pragma GCC unroll 4
+    for (int i = 0; i < kTokens; ++i) {
+#pragma GCC unroll 16
+      for (int j = 0; j < N; ++j) out[i][j] = o[i][j];
+    }
   }
 
   // kept += k_d s and out += q_d s of the decayed rows s. Returns q . k.
