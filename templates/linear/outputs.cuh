@@ -5,12 +5,11 @@
 //   O = scale (Q e^(decays so far)) S_chunk + W V
 //   O = O / (scale (Q e^(decays so far)) z_chunk + W 1)              under a normalizer
 //
-// Scalar decay: sums of log-decays along the chunk, begun anew at every token that forgets
-// all, so their differences are finite and exponents not positive. Channel decay:
-// linear/channel.cuh. Decays and the scale multiply fp32 sums, except that of channel decays, which
-// have to multiply the operands.
+// Decays and the scale multiply fp32 sums (linear/scalar.cuh), except those of channels, which have
+// to multiply the operands (linear/channel.cuh).
 #pragma once
 #include "linear/channel.cuh"
+#include "linear/scalar.cuh"
 #include "linear/tiles.cuh"
 #include "linear/unit.cuh"
 
@@ -44,9 +43,7 @@ class LinearOutputs {
   static_assert(Plan::kOutputBytes == kBytes, "the plan's shared memory total is wrong");
 
   struct Small {
-    float
-        decay[kLinearChunk];  // scalar: sum of log2-decays since token `since`, that one's own not
-    int since[kLinearChunk];  // the last token that forgot all, up to this one; -1: none
+    ScalarDecay<Plan> scalar;
     float tops[kWarps];
     alignas(8) float z[Plan::kNormalizer ? kRows : 2];
     int64_t sequence;
@@ -83,7 +80,7 @@ class LinearOutputs {
     if (Plan::kNormalizer && has_state) fill_keys(slot, h);
     cute::cp_async_fence();
     if constexpr (kScalar) {
-      if (warp_ == 0) sum_decays(own.b, h, first, count);
+      if (warp_ == 0) small_.scalar.template fill<Fn>(env_, p_, own.b, h, first, count);
     }
     if constexpr (kChannel) {
       Channels::template fill<Fn>(env_, p_, shared_ + kDecays, own.b, h, first, count);
@@ -118,7 +115,7 @@ class LinearOutputs {
       if (has_state) {
         sum_keys(sums);
 #pragma unroll
-        for (int r = 0; r < 2; ++r) sums[r] *= scale * since_start(row(r));
+        for (int r = 0; r < 2; ++r) sums[r] *= scale * small_.scalar.since_start(row(r));
       }
       weigh(scale, s, sums);
       pack(s, w);
@@ -128,7 +125,7 @@ class LinearOutputs {
         apply_state(o);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const float factor = state_scale * scale * since_start(row(r));
+          const float factor = state_scale * scale * small_.scalar.since_start(row(r));
 #pragma unroll
           for (int i = 0; i < kSums; ++i) o[r][i] *= factor;
         }
@@ -257,45 +254,6 @@ class LinearOutputs {
     }
   }
 
-  // One warp: lane l has tokens 2 l and 2 l + 1.
-  __device__ __forceinline__ void sum_decays(int64_t b, int64_t h, int64_t first, int count) {
-    float g[2];
-    int since[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int t = 2 * lane_ + i;
-      g[i] = t < count ? log2_decay<Plan, Fn>(env_, p_, b, h, first + t, 0) : 0.0f;
-      since[i] = g[i] < kForgets ? t : -1;
-      if (since[i] >= 0) g[i] = 0;
-    }
-    float sum = since[1] >= 0 ? 0.0f : g[0] + g[1];
-    int last = since[1] >= 0 ? since[1] : since[0];
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const float before = __shfl_up_sync(~0u, sum, step);
-      const int forgot = __shfl_up_sync(~0u, last, step);
-      if (lane_ < step) continue;
-      if (last < 0) {
-        sum += before;
-        last = forgot;
-      }
-    }
-    float before = __shfl_up_sync(~0u, sum, 1);
-    int forgot = __shfl_up_sync(~0u, last, 1);
-    if (lane_ == 0) before = 0, forgot = -1;
-    const int token = 2 * lane_;
-    small_.decay[token] = since[0] >= 0 ? 0.0f : before + g[0];
-    small_.since[token] = since[0] >= 0 ? since[0] : forgot;
-    small_.decay[token + 1] = sum;
-    small_.since[token + 1] = last;
-  }
-
-  // What is left at token t of the state that the chunk starts from.
-  __device__ __forceinline__ float since_start(int t) const {
-    if constexpr (!kScalar) return 1;
-    return small_.since[t] < 0 ? ex2(small_.decay[t]) : 0.0f;
-  }
-
   // ---- products ----
   __device__ __forceinline__ void score(float (&s)[2][kKeys]) const {
     const auto q = read_a<QTile>(shared_, 16 * warp_, lane_);
@@ -355,13 +313,13 @@ class LinearOutputs {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int t = row(r);
-      const float now = kScalar ? small_.decay[t] : 0.0f;
-      const int since = kScalar ? small_.since[t] : 0;
+      const float now = kScalar ? small_.scalar.decay[t] : 0.0f;
+      const int since = kScalar ? small_.scalar.since[t] : 0;
 #pragma unroll
       for (int c = 0; c < kKeys; ++c) {
         const int key = c / 2 * 8 + c % 2 + lane_ % 4 * 2;
         const bool live = key <= t && (!kScalar || key >= since);
-        const float decays = kScalar ? now - small_.decay[key] : 0.0f;
+        const float decays = kScalar ? now - small_.scalar.decay[key] : 0.0f;
         const float left = ex2(decays > 0 ? 0.0f : decays);  // by a rounding; NaN stays
         s[r][c] = live ? s[r][c] * (scale * left) : 0.0f;
         if constexpr (Plan::kNormalizer) sums[r] += s[r][c];
