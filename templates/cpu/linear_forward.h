@@ -69,9 +69,14 @@ class LinearForward {
     static_cast<LinearForward*>(self)->work(index, worker);
   }
   void work(int64_t index, int32_t worker) {
-    const LinearTask task = cut_.task(p_, index);
+    LinearTask task = cut_.task(p_, index);
     char* scratch = base_ + worker * worker_bytes_;
     if (task.length <= kStepTokens) {
+      // One step reads whole rows of the state where that leaves enough tasks.
+      if (task.length == 1 && cut_.tasks / cut_.column_blocks >= Plan::kVirtualWorkers / 2) {
+        if (task.panel != 0) return;
+        task.panels = T::kPanels;
+      }
       LinearStep<Plan, Fn>(in_, task, scratch).run();
     } else {
       Walk(in_, task, scratch).run();

@@ -97,6 +97,9 @@ class LinearStep {
     }
     if constexpr (kDelta) in_.beta(where, beta_, kTokens);
     if constexpr (kNormalizer) normalize(where, from, to);
+    if (!kDelta && where.n == 1 && kWide && last_ - first_ > kVectors * W) {
+      return wide_rows(where, from, to);
+    }
     int column = first_;
     const auto groups = [&]<int kCount>() {
       for (; column + kCount * W <= last_; column += kCount * W) {
@@ -104,9 +107,7 @@ class LinearStep {
       }
     };
     if (kDelta || where.n < 2) groups.template operator()<kVectors>();
-    if constexpr (kVectors > 8) {
-      if (where.n < 3) groups.template operator()<8>();
-    }
+    if constexpr (kVectors > 8) groups.template operator()<8>();
     if constexpr (kVectors > 4) groups.template operator()<4>();
     groups.template operator()<2>();
     groups.template operator()<1>();
@@ -142,6 +143,67 @@ class LinearStep {
     for (int t = 0; t < where.n; ++t) inverse_[t] = normalizer_inverse(Acc(p_.scale) * den[t]);
   }
 
+  // ---- one token, rows of more vectors than there are sums ----
+  // Pieces of rows would be fetched and stored at half the rate of whole ones. So a few rows give
+  // their part of the sums, o = q (a S) + (q . k) v, and are then written one after the other.
+  static constexpr bool kWide = T::kDv % W == 0;
+  static constexpr int kTogether = 2;  // rows: 4 KB at 512 columns
+
+  __attribute__((noinline)) void wide_rows(const LinearAt& where, const Acc* initial,
+                                           Acc* final_state) const {
+    alignas(64) static constexpr Acc kZeros[T::kDv]{};
+    const int width = last_ - first_;
+    Acc *v = at(kAt.v_stage), *sums = at(kAt.sums);
+    const auto values = in_.v(where, first_, width, v, width);
+    V both{};
+    for (int d = 0; d < kPitch; d += W) {
+      both += load_vector<V>(q(0) + d) * load_vector<V>(k(0) + d);
+    }
+    const Acc product = hsum(both);
+    for (int j = 0; j < width; j += W) {
+      const V x = load_lanes<Acc>(values(0) + j * values.col, values.col, W);
+      store_vector(v + j, x);
+      store_vector(sums + j, x * product);
+    }
+    const Acc* from = initial != nullptr ? initial + first_ : kZeros;
+    const int64_t pitch = initial != nullptr ? p_.state_stride[2] : 0;
+    int d = 0;
+    const auto rows = [&]<int kCount>() {
+      for (; d + kCount <= kD; d += kCount) {
+        const Acc* row = from + d * pitch;
+        Acc a[kCount], qs[kCount], ks[kCount];
+        for (int r = 0; r < kCount; ++r) {
+          a[r] = T::kDecay == DecayKind::kNone ? Acc(1) : decay(0, d + r);
+          qs[r] = a[r] * q(0)[d + r], ks[r] = k(0)[d + r];
+        }
+        for (int j = 0; j < width; j += W) {
+          V o = load_vector<V>(sums + j);
+#pragma GCC unroll 4
+          for (int r = 0; r < kCount; ++r) o += load_vector<V>(row + r * pitch + j) * qs[r];
+          store_vector(sums + j, o);
+        }
+        for (int r = 0; r < kCount && final_state != nullptr; ++r, row += pitch) {
+          Acc* to = final_state + (d + r) * kRow + first_;
+          for (int j = 0; j < width; j += W) {
+            __builtin_prefetch(row + kCount * pitch + j);
+            const V s = load_vector<V>(row + j) * a[r] + load_vector<V>(v + j) * ks[r];
+            if (stream_) {
+              stream_vector(to + j, s);
+            } else {
+              store_vector(to + j, s);
+            }
+          }
+        }
+      }
+    };
+    rows.template operator()<kTogether>();
+    rows.template operator()<1>();
+    for (int j = 0; j < width; j += W) {
+      store_vector(sums + j, load_vector<V>(sums + j) * Acc(p_.scale));
+    }
+    finish_rows<Plan, Fn>(in_, where, first_, width, sums, width, kNormalizer ? inverse_ : nullptr);
+  }
+
   // ---- some columns of all rows, kCount vectors; kCount = 0: one, in part ----
   template <int kCount>
   __attribute__((noinline)) void group(const LinearAt& where, int column, int width,
@@ -164,7 +226,8 @@ class LinearStep {
       for (; t + kTokens <= where.n; t += kTokens) {
         const bool end = t + kTokens == where.n && final_state != nullptr;
         Acc* to = end ? final_state + column : state_;
-        const int64_t to_pitch = end ? kRow : pitch;
+        // What nobody reads goes nowhere.
+        const int64_t to_pitch = end ? kRow : t + kTokens == where.n ? 0 : pitch;
         V v[kTokens][N], o[kTokens][N]{};
         for (int i = 0; i < kTokens; ++i) {
           const auto* row = values(t + i);
@@ -226,7 +289,7 @@ class LinearStep {
     for (int d = 0; d < kD; ++d, from += from_pitch, to += to_pitch) {
 #pragma GCC unroll 16
       for (int j = 0; j < N; ++j) {
-        __builtin_prefetch(next + d * next_pitch + j * W, 0, kDelta ? 2 : 3);
+        __builtin_prefetch(next + d * next_pitch + j * W);
         V s = load_state<kCount>(from, j, count);
 #pragma GCC unroll 4
         for (int i = 0; i < kTokens; ++i) {

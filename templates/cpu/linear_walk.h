@@ -3,6 +3,7 @@
 #include "cpu/linear_chunk.h"
 #include "cpu/linear_forward_work.h"
 #include "cpu/linear_output.h"
+#include "cpu/linear_state.h"
 
 namespace ae {
 
@@ -44,7 +45,9 @@ class LinearWalk {
       fresh_ = false;
     }
     if (p_.final_state == nullptr) return;
-    for (int64_t i = 0; i < task_.heads; ++i) store_state(i);
+    const bool stream = streams_states<Plan>(p_);
+    for (int64_t i = 0; i < task_.heads; ++i) store_state(i, stream);
+    if (stream) stream_end();
   }
 
  private:
@@ -74,38 +77,19 @@ class LinearWalk {
   // ---- states in memory ----
   void load_state(int64_t i) {
     const int64_t* s = p_.state_stride;
-    const Acc* from = (const Acc*)p_.state + task_.sequence * s[0] + (task_.head + i) * s[1];
-    for (int n = 0; n < task_.panels; ++n) {
-      Acc* to = state(i, n);
-      const int column = (task_.panel + n) * N, width = T::panel_width(task_.panel + n);
-      if (p_.state == nullptr) {
-        __builtin_memset(to, 0, sizeof(Acc) * T::kPanelState);
-        continue;
-      }
-      for (int d = 0; d < T::kD; ++d) {
-        for (int j = 0; j < N; j += W) {
-          const int count = width - j < W ? (width - j < 0 ? 0 : width - j) : W;
-          const Acc* row = from + d * s[2] + column + j;
-          store_vector(to + d * N + j, load_lanes<Acc>(row, 1, count));
-        }
-      }
-    }
+    const auto* from = (const Acc*)p_.state;
+    if (from != nullptr) from += task_.sequence * s[0] + (task_.head + i) * s[1];
+    load_panels<Plan>(from, s[2], task_.panel, int(task_.panels), state(i, 0));
     if constexpr (kNormalizer) {
       for (int d = 0; d < kPitch; ++d) {
-        z(i)[d] = p_.state != nullptr && d < T::kD ? from[d * s[2] + T::kDv] : Acc(0);
+        z(i)[d] = from != nullptr && d < T::kD ? from[d * s[2] + T::kDv] : Acc(0);
       }
     }
   }
-  void store_state(int64_t i) const {
+  void store_state(int64_t i, bool stream) const {
     constexpr int64_t kRow = T::kStateColumns;
     Acc* to = (Acc*)p_.final_state + (task_.sequence * p_.H + task_.head + i) * T::kD * kRow;
-    for (int n = 0; n < task_.panels; ++n) {
-      const Acc* from = state(i, n);
-      const int column = (task_.panel + n) * N, width = T::panel_width(task_.panel + n);
-      for (int d = 0; d < T::kD; ++d) {
-        __builtin_memcpy(to + d * kRow + column, from + d * N, sizeof(Acc) * uint64_t(width));
-      }
-    }
+    store_panels<Plan>(state(i, 0), task_.panel, int(task_.panels), stream, to);
     if (kNormalizer && task_.panel == 0) {
       for (int d = 0; d < T::kD; ++d) to[d * kRow + T::kDv] = z(i)[d];
     }
