@@ -14,6 +14,7 @@ struct KeyTileClasses {
   static constexpr int kEntries = 8192;
   uint32_t live[kEntries / 32];  // not empty
   uint32_t full[kEntries / 32];  // the mask holds for every pair
+  int tiles;                     // of all keys
 };
 
 // A tile of keys that is not empty; none: index < 0.
@@ -38,6 +39,15 @@ class KeyTiles {
     } else {
       next_ = begin;
       if (end < tiles_) tiles_ = end;
+    }
+  }
+
+  // Of all keys. A kernel that walks segments has no register to spare for their number.
+  __device__ __forceinline__ int tiles() const {
+    if constexpr (Fn::kHasMask && Plan::kScheduled) {
+      return classes_.tiles;
+    } else {
+      return tiles_;
     }
   }
 
@@ -96,6 +106,7 @@ class KeyTiles {
                                                   int64_t keys, KeyTileClasses& classes) {
     if constexpr (Fn::kHasMask) {
       const Classifier<Params> classifier(params, rows, keys);
+      if (Plan::kScheduled && threadIdx.x == 0) classes.tiles = classifier.tiles;
       const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
       const int words = (classifier.entries + 31) / 32;
       for (int first = 0; first < words; first += 32) {
@@ -178,18 +189,18 @@ class KeyTiles {
 
   __device__ __forceinline__ KeyTile any_next() {
     if constexpr (!Fn::kHasMask) {
-      return next_ < tiles_ ? KeyTile{next_++, true} : KeyTile{-1, true};
+      return next_ < tiles() ? KeyTile{next_++, true} : KeyTile{-1, true};
     } else {
-      const int shift = shift_of(tiles_);
+      const int shift = shift_of(tiles());
       while (live_ == 0) {
-        if (next_ << shift >= tiles_) return {-1, true};
+        if (next_ << shift >= tiles()) return {-1, true};
         live_ = classes_.live[next_ / 32];
         full_ = classes_.full[next_ / 32];
         next_ += 32;
       }
       const int bit = __ffs(int(live_)) - 1;
       const int tile = ((next_ - 32 + bit) << shift) + within_;
-      if (++within_ >> shift != 0 || tile + 1 == tiles_) {
+      if (++within_ >> shift != 0 || tile + 1 == tiles()) {
         live_ &= live_ - 1;
         within_ = 0;
       }
@@ -199,9 +210,9 @@ class KeyTiles {
 
   // Passes over n tiles that are not empty, from the start.
   __device__ __forceinline__ void skip(int n) {
-    const int shift = shift_of(tiles_);
-    for (; next_ << shift < tiles_; next_ += 32) {
-      const int found = tiles_of(classes_.live[next_ / 32], next_ / 32, tiles_, shift);
+    const int shift = shift_of(tiles());
+    for (; next_ << shift < tiles(); next_ += 32) {
+      const int found = tiles_of(classes_.live[next_ / 32], next_ / 32, tiles(), shift);
       if (found > n) break;
       n -= found;
     }
