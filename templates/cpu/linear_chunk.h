@@ -74,8 +74,10 @@ __attribute__((noinline)) void tile_over_tokens(const Rows& rows, int n,
 // The same as accumulators; `dst` may be the rows themselves.
 template <class Plan, class Rows>
 __attribute__((noinline)) void tile_sums(const Rows& rows, int n,
-                                         typename LinearTypes<Plan>::Acc* dst) {
+                                         typename LinearTypes<Plan>::Acc* dst,
+                                         const LinearAhead& ahead = {}) {
   using T = LinearTypes<Plan>;
+  ahead.fetch(0, T::kChunk);
   pack_rows<typename T::Acc, typename T::Acc, T::kD>(dst, rows, rows.col, n, T::kChunk, NoMod{});
 }
 // Columns of whole vectors past n are not written, nor read by lower_product.

@@ -148,6 +148,11 @@ class LinearInputs {
     return {r.base + column * r.col, r.stride, r.col};
   }
 
+  // Of a channel decay.
+  LinearRows<typename Plan::Decay> raw_decay(const LinearAt& a) const {
+    return rows<typename Plan::Decay>(p_.decay, p_.decay_stride, a.b, a.h, a.t);
+  }
+
   // Through their hooks. `stage` is read only with a hook: [kChunk][kDPitch], for v
   // [kChunk][pitch].
   LinearRows<QElem> q(const LinearAt& a, Acc* stage) const {
@@ -178,8 +183,10 @@ class LinearInputs {
     }
   }
 
-  // a[i] = exp(g) of token i of the chunk, 1 past the last, in whole vectors up to `size`.
-  void scalar_decay(const LinearAt& a, Acc* out, int size = Plan::kChunk) const {
+  // a[i] = exp(g) of token i of the chunk, 1 past the last, in whole vectors up to `size`; `log`,
+  // if wanted, is g itself, and 0.
+  void scalar_decay(const LinearAt& a, Acc* out, Acc* log = nullptr,
+                    int size = Plan::kChunk) const {
     const int64_t* s = p_.decay_stride;
     const auto* g = (const typename Plan::Decay*)p_.decay + a.b * s[0] + a.h * s[1] + a.t * s[2];
     HookAt at{a.b, a.h, a.t, 0, 0};
@@ -187,17 +194,21 @@ class LinearInputs {
       const int left = a.n - i;
       at.t = a.t + i;
       at.count = left < 0 ? 0 : left < W ? left : W;
-      store_vector(out + i, decay_lanes(at, load_lanes<Acc>(g + i * s[2], s[2], at.count)));
+      const V x = decay_lanes(at, load_lanes<Acc>(g + i * s[2], s[2], at.count));
+      if (log != nullptr) store_vector(log + i, x);
+      store_vector(out + i, ae::exp(x));
     }
   }
   // The same of one token's channels: out[0, kDPitch), 1 past the last.
-  void channel_decay(const LinearAt& a, int token, Acc* out) const {
+  void channel_decay(const LinearAt& a, int token, Acc* out, Acc* log = nullptr) const {
     const auto r = rows<typename Plan::Decay>(p_.decay, p_.decay_stride, a.b, a.h, a.t + token);
     HookAt at{a.b, a.h, a.t + token, 0, 0};
     for (int d = 0; d < T::kDPitch; d += W) {
       at.d = d;
       at.count = T::kD - d < W ? T::kD - d : W;
-      store_vector(out + d, decay_lanes(at, load_lanes<Acc>(r.base + d * r.col, r.col, at.count)));
+      const V x = decay_lanes(at, load_lanes<Acc>(r.base + d * r.col, r.col, at.count));
+      if (log != nullptr) store_vector(log + d, x);
+      store_vector(out + d, ae::exp(x));
     }
   }
   // beta of the tokens of the chunk, 0 past the last.
@@ -218,13 +229,14 @@ class LinearInputs {
   const ae_linear_params& p_;
   const Env& env_;
 
+  // Log-decays through their hook, 0 past `at.count`.
   AE_INLINE V decay_lanes(const HookAt& at, V g) const {
     if constexpr (Fn::kHasDecayMod) g = Fn::decay_mod(env_, at, g);
     if (at.count < W) g = first_lanes<Acc>(g, at.count);
     if (!all(le(g, Acc(0)))) {  // positive or NaN
       __atomic_store_n(p_.fault, int32_t(AE_POSITIVE_DECAY), __ATOMIC_RELAXED);
     }
-    return ae::exp(g);
+    return g;
   }
 };
 

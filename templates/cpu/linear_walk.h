@@ -105,8 +105,8 @@ class LinearWalk {
     const LinearAhead q_ahead = in_.raw_q(next).ahead(next.n, T::kD);
     const LinearAhead k_ahead = in_.raw_k(next).ahead(next.n, T::kD);
     if constexpr (T::kChannel) {
-      tile_sums<Plan>(q, n, q_stage);
-      tile_sums<Plan>(k, n, k_stage);
+      tile_sums<Plan>(q, n, q_stage, q_ahead);
+      tile_sums<Plan>(k, n, k_stage, k_ahead);
       q_rows_ = at<M>(kAt.q), k_rows_ = at<M>(kAt.k);
     } else {
       M* k_channels = at<M>(kAt.k_channels);
@@ -160,7 +160,7 @@ class LinearWalk {
     if constexpr (T::kChannel) {
       channel_products(where);
     } else if constexpr (T::kScalar) {
-      in_.scalar_decay(where, gates_.a);
+      in_.scalar_decay(where, gates_.a, gates_.e);
       gates_.accumulate();
       for (int t = 0; t < C; ++t) factor_[t] = scale * gates_.e[t];
       for (int d = 0; d < kPitch; ++d) decay_[d] = gates_.total;
@@ -185,9 +185,12 @@ class LinearWalk {
     Acc *a = at<Acc>(kAt.a), *inside = at<Acc>(kAt.inside), *rest = at<Acc>(kAt.rest);
     Acc *whole = at<Acc>(kAt.whole), *before = at<Acc>(kAt.before), *keys = at<Acc>(kAt.keys);
     const Acc *q = at<Acc>(kAt.q_stage), *k = at<Acc>(kAt.k_stage);
-    for (int t = 0; t < n; ++t) in_.channel_decay(where, t, a + int64_t(t) * kPitch);
-    for (int64_t i = int64_t(n) * kPitch; i < int64_t(blocks) * kLinearBlock * kPitch; ++i)
-      a[i] = 1;
+    for (int64_t t = 0; t < n; ++t) {
+      in_.channel_decay(where, int(t), a + t * kPitch, rest + t * kPitch);
+    }
+    for (int64_t i = int64_t(n) * kPitch; i < int64_t(blocks) * kLinearBlock * kPitch; ++i) {
+      a[i] = 1, rest[i] = 0;
+    }
     Channel::products(a, n, inside, rest, whole, before);
     Channel::decay_rows(q, inside, before, n, at<M>(kAt.q_inside), at<M>(kAt.q));
     if constexpr (kDelta) {
