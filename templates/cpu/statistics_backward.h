@@ -319,25 +319,27 @@ class StatisticsBackward : StatisticsWork<Plan> {
     }
   }
 
+  // The second phase begins where the first has ended: with what caches still hold.
   void whole(int64_t i, const Scratch& s) const {
     const int64_t blocks = this->blocks_of(i);
     for (int64_t j = 0; j < blocks; ++j) products(this->block_in(i, j), s);
     for (int64_t h = 0; h < H; ++h) sum_products(i, h);
-    for (int64_t j = 0; j < blocks; ++j) slopes(this->block_in(i, j), s);
+    for (int64_t j = blocks; j-- > 0;) slopes(this->block_in(i, j), s);
     for (int64_t h = 0; h < H; ++h) sum_slopes(i, h);
     for (int64_t j = 0; j < blocks; ++j) gradient(this->block_in(i, j), s);
   }
   void phases(int64_t begin, int64_t end) const {
     const int64_t first = this->first_block()[begin], blocks = this->first_block()[end] - first;
-    const auto every_block = [&](const auto& phase) {
-      tasks(blocks,
-            [&](int64_t n, int32_t worker) { phase(block(first + n), Scratch(*this, worker)); });
+    const auto every_block = [&](bool backwards, const auto& phase) {
+      tasks(blocks, [&](int64_t n, int32_t worker) {
+        phase(block(first + (backwards ? blocks - 1 - n : n)), Scratch(*this, worker));
+      });
     };
-    every_block([&](const Block& b, const Scratch& s) { products(b, s); });
+    every_block(false, [&](const Block& b, const Scratch& s) { products(b, s); });
     this->sums(begin, end, blocks, [&](int64_t i, int64_t h) { sum_products(i, h); });
-    every_block([&](const Block& b, const Scratch& s) { slopes(b, s); });
+    every_block(true, [&](const Block& b, const Scratch& s) { slopes(b, s); });
     this->sums(begin, end, blocks, [&](int64_t i, int64_t h) { sum_slopes(i, h); });
-    every_block([&](const Block& b, const Scratch& s) { gradient(b, s); });
+    every_block(false, [&](const Block& b, const Scratch& s) { gradient(b, s); });
   }
 
   int64_t scratch_at_, dtemp_at_, dr_at_, rows_at_, sequences_at_;

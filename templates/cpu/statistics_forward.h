@@ -313,11 +313,12 @@ class StatisticsForward : StatisticsWork<Plan> {
     }
   }
 
+  // The second phase begins where the first has ended: with what caches still hold.
   void whole(int64_t i, const Scratch& s) const {
     const int64_t blocks = this->blocks_of(i);
     for (int64_t j = 0; j < blocks; ++j) add_squares(this->block_in(i, j));
     for (int64_t h = 0; h < H; ++h) sum_squares(i, h);
-    for (int64_t j = 0; j < blocks; ++j) weigh_plain(this->block_in(i, j), s);
+    for (int64_t j = blocks; j-- > 0;) weigh_plain(this->block_in(i, j), s);
     for (int64_t h = 0; h < H; ++h) sum_weighted(i, h);
     for (int64_t j = 0; j < blocks; ++j) output(this->block_in(i, j));
   }
@@ -327,7 +328,7 @@ class StatisticsForward : StatisticsWork<Plan> {
     tasks(blocks, [&](int64_t n, int32_t) { add_squares(block(first + n)); });
     this->sums(begin, end, blocks, [&](int64_t i, int64_t h) { sum_squares(i, h); });
     tasks(blocks, [&](int64_t n, int32_t worker) {
-      weigh_plain(block(first + n), Scratch(*this, worker));
+      weigh_plain(block(first + blocks - 1 - n), Scratch(*this, worker));
     });
     this->sums(begin, end, blocks, [&](int64_t i, int64_t h) { sum_weighted(i, h); });
     tasks(blocks, [&](int64_t n, int32_t) { output(block(first + n)); });
