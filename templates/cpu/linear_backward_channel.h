@@ -47,8 +47,10 @@ class LinearBackwardChannel {
   // ---- of a value head ----
   void load_decays(const LinearAt& at, bool backward) const {
     const int whole = Products::blocks(at.n) * kBlock;
-    for (int i = 0; i < at.n; ++i) io_.inputs().channel_decay(at, i, x_.a + i * kDp);
-    for (int i = at.n * kDp; i < whole * kDp; ++i) x_.a[i] = 1;
+    for (int i = 0; i < at.n; ++i) {
+      io_.inputs().channel_decay(at, i, x_.a + i * kDp, x_.rest + i * kDp);
+    }
+    for (int i = at.n * kDp; i < whole * kDp; ++i) x_.a[i] = 1, x_.rest[i] = 0;
     Products::products(x_.a, at.n, x_.inside, x_.rest, x_.whole, x_.before);
     Tile::copy(x_.factor, x_.before + Products::blocks(at.n) * kDp, kDp);
     decay_keys(at.n);

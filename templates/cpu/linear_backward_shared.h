@@ -60,7 +60,7 @@ class LinearBackwardShared {
   // ---- of a value head ----
   void load_decays(const LinearAt& at, bool) const {
     if constexpr (X::kScalar) {
-      io_.inputs().scalar_decay(at, x_.gates.a);
+      io_.inputs().scalar_decay(at, x_.gates.a, x_.gates.e);
       x_.gates.accumulate();
     }
     for (int d = 0; d < D; ++d) x_.factor[d] = x_.gates.total;

@@ -1,5 +1,5 @@
 // Channel decay inside a chunk: D_ts becomes a vector over channels. All factors are products of
-// a_t <= 1 that grow by one factor at a time, never quotients:
+// a_t <= 1, or exp of sums of g_t <= 0, never quotients:
 //
 //   s and t in one block of 16      x_t . k_s with x_t multiplied by a_t, a_t-1, .. on the way
 //   t in a later block I            (x_t inside) . (k_s rest whole_J+1 .. whole_I-1): a product of
@@ -27,13 +27,20 @@ class LinearChannel {
 
   // From a [C][kDPitch], 1 past token n up to a whole block: inside and rest [C][kDPitch], whole
   // [kBlocks][kDPitch], before [kBlocks + 1][kDPitch], whose row blocks(n) is the whole chunk's.
+  // `rest` comes with g, whose sums give `whole` and `before`: products of so many rounded factors
+  // would drift from chunk to chunk.
   static __attribute__((noinline)) void products(const Acc* a, int n, Acc* inside, Acc* rest,
                                                  Acc* whole, Acc* before) {
     for (int d = 0; d < kPitch; d += W) {
-      V all = splat<V>(Acc(1));
-      store_vector(before + d, all);
+      V all{};
+      store_vector(before + d, splat<V>(Acc(1)));
       for (int b = 0; b < blocks(n); ++b) {
         const int64_t first = int64_t(b) * kBlock * kPitch + d;
+        V sum{};
+        for (int i = 0; i < kBlock; ++i) sum += load_vector<V>(rest + first + i * kPitch);
+        all += sum;
+        store_vector(whole + b * kPitch + d, ae::exp(sum));
+        store_vector(before + (b + 1) * kPitch + d, ae::exp(all));
         V grown = splat<V>(Acc(1)), left = grown;
         for (int i = 0; i < kBlock; ++i) {
           grown *= load_vector<V>(a + first + i * kPitch);
@@ -42,8 +49,6 @@ class LinearChannel {
           store_vector(rest + back, left);
           left *= load_vector<V>(a + back);
         }
-        store_vector(whole + b * kPitch + d, grown);
-        store_vector(before + (b + 1) * kPitch + d, all *= grown);
       }
     }
   }

@@ -91,7 +91,7 @@ class LinearStep {
     if (to != nullptr) to += (task_.sequence * p_.H + where.h) * kD * kRow;
     if (where.n == 0) return copy(from, to);
     constexpr int kTokens = int(round_up(kStepTokens, W));
-    if constexpr (T::kScalar) in_.scalar_decay(where, a_, kTokens);
+    if constexpr (T::kScalar) in_.scalar_decay(where, a_, nullptr, kTokens);
     if constexpr (T::kChannel) {
       for (int t = 0; t < where.n; ++t) in_.channel_decay(where, t, at(kAt.a) + t * kPitch);
     }
