@@ -134,7 +134,7 @@ class LinearBackwardStep {
     if constexpr (kNormalizer) Tile::copy(head.z_of(c), head.z, X::kDp);
   }
 
-  // [D][C] = S^T... of a kept state, [D][kVp], and rows of a natural tile, by column.
+  // Tokens' rows of dO or dv, by column, times the kept state S^T: transposed, [D][C].
   void through(const M* state, const M* col, A* out) const {
     Tile::template times<C, GemmMode::kOverwrite>(D, X::kDv, state, kVp, col, C, out, C);
   }
