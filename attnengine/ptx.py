@@ -131,8 +131,8 @@ def check_entries(names: list[str], manifest: dict[str, Any]) -> None:
     captured tensors, ae_schedule and ae_combine where work is split. Raises CompileFailed."""
     expected = {f"ae_{manifest['kind']}"}
     if manifest["kind"] == "linear_forward":
-        chunks = ("ae_linear_states", "ae_linear_states_split", "ae_linear_outputs")
-        expected = {"ae_linear_step", *(chunks if manifest.get("chunked") else ())}
+        first = "ae_linear_solve" if manifest.get("delta") else "ae_linear_states_split"
+        expected = {first, "ae_linear_states", "ae_linear_outputs", "ae_linear_step"}
     if manifest.get("mask_captures"):
         expected.add("ae_tables")
     if manifest.get("slot_bytes"):

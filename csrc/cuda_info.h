@@ -21,8 +21,9 @@ typedef struct ae_cuda_info {
   int32_t tile_cycles;     // predicted: of one tile of keys
   int32_t shared_kv;       // 1: V is the first columns of K, and is read with it
   int32_t crowded;         // outputs per worker from which none is split
-  // Linear attention: dynamic shared memory of the state pass, in large and in small tiles; 0 where
-  // there are no chunk kernels. shared_bytes is the output pass's, block_n its value columns.
+  // Linear attention: dynamic shared memory of the state pass, and of the same in small tiles or
+  // with the delta rule the pass that solves. shared_bytes is the output pass's, block_n its
+  // columns.
   int32_t state_bytes, split_bytes;
 } ae_cuda_info;
 

@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kMaxParamBytes = 32764;   // of a kernel's parameters, from compute capability 7.0
 constexpr int64_t kMaxBlocks = 2147483647;  // of a grid's x dimension
-constexpr int64_t kStateTile = 64, kSplitTile = 32, kStepColumns = 32;
+constexpr int64_t kStateTile = 64, kSplitTile = 32, kStepColumns = 32, kDeltaColumns = 32;
 
 // As laid out by LinearParams<N>.
 constexpr int64_t kCapturesAt = sizeof(ae_linear_params);
@@ -75,15 +75,8 @@ CudaLinear::CudaLinear(const ae_linear_params& p, const CudaKernel& kernel,
   params->captures = nullptr;
   params->threads = 1;
 
-  const bool chunked = info.state_bytes > 0;
-  step_ = !chunked || p.L <= kStepTokens;
-  if (!chunked && p.L > kMostSteps) {
-    not_implemented(
-        "L=" + std::to_string(p.L) + ": CUDA kernels with the delta rule (beta=) take at most " +
-        std::to_string(kMostSteps) +
-        " tokens a call in this version; carry the state from call to call (initial_state=, "
-        "output_final_state=True), or use CPU tensors (.cpu())");
-  }
+  delta_ = (info.info.user_stats >> 8 & 1) != 0;  // AE_LINEAR_OPERANDS
+  step_ = p.L <= kStepTokens;
   if (step_) {
     blocks(divide_up(info.info.Dv, kStepColumns), p.sequences);
     return;
@@ -93,24 +86,32 @@ CudaLinear::CudaLinear(const ae_linear_params& p, const CudaKernel& kernel,
   work->slots = slots_;
   work->chunks = p.first != nullptr ? 0 : chunks;
   // A single chunk that starts from zeros needs no state, where nobody wants the last one.
-  states_ = chunks > 1 || p.state != nullptr || p.final_state != nullptr;
+  states_ = delta_ || chunks > 1 || p.state != nullptr || p.final_state != nullptr;
   // Two blocks for each multiprocessor, else there is more to gain from parallelism than to lose by
   // reading K and V again for each tile.
   split_ = blocks(tiles(kStateTile), p.sequences) < 2 * device_.multiprocessors;
   blocks(tiles(kSplitTile), p.sequences);
   blocks(divide_up(info.info.Dv, info.block_n), slots_);
   const int64_t element = info.info.dtype == AE_BF16 ? 2 : 4;
-  if (states_) {
-    const int64_t rows = slots_ * p.H * round_up_16(info.info.D);
-    keys_at_ = rows * round_up_16(info.info.Dv) * element;  // whole rows of 16 elements
-    workspace_bytes_ = keys_at_ + rows * int64_t{sizeof(float)};
+  if (!states_) return;
+  // Parts are whole rows of 16 elements of 2 bytes.
+  const int64_t heads = slots_ * p.H, columns = round_up_16(info.info.Dv);
+  const int64_t rows = heads * round_up_16(info.info.D);
+  keys_at_ = rows * columns * element;
+  values_at_ = inverse_at_ = workspace_bytes_ = keys_at_ + rows * int64_t{sizeof(float)};
+  if (delta_) {
+    inverse_at_ = values_at_ + heads * kLinearChunk * columns * 2;
+    workspace_bytes_ = inverse_at_ + heads * 2 * kLinearChunk * kLinearChunk * 2;
   }
 }
 
 int32_t CudaLinear::run(void* workspace, ae_cu_stream stream) {
   auto* work = reinterpret_cast<LinearWork*>(data_.get() + work_at(captures_));
   work->states = workspace;
-  work->keys = reinterpret_cast<float*>(static_cast<char*>(workspace) + keys_at_);
+  char* const memory = static_cast<char*>(workspace);
+  work->keys = reinterpret_cast<float*>(memory + keys_at_);
+  work->values = memory + values_at_;
+  work->inverse = memory + inverse_at_;
   auto& p = *reinterpret_cast<ae_linear_params*>(data_.get());
   const ContextGuard context(device_);
   int32_t fault = 0;
@@ -146,7 +147,12 @@ void CudaLinear::launch(ae_cu_stream stream) const {
            blocks(divide_up(info.info.Dv, kStepColumns), p.sequences), 0, stream);
     return;
   }
-  if (states_ && split_) {
+  if (delta_) {
+    launch("ae_linear_solve", CudaFunctions::kSplitStates, blocks(1, slots_), info.split_bytes,
+           stream);
+    launch("ae_linear_states", CudaFunctions::kStates,
+           blocks(divide_up(info.info.Dv, kDeltaColumns), p.sequences), info.state_bytes, stream);
+  } else if (states_ && split_) {
     launch("ae_linear_states_split", CudaFunctions::kSplitStates,
            blocks(tiles(kSplitTile), p.sequences), info.split_bytes, stream);
   } else if (states_) {

@@ -12,16 +12,13 @@ namespace ae {
 // Up to so many tokens the recurrence itself is cheaper than two passes over chunks (STEP_TOKENS in
 // attnengine/linear/plan_cuda.py says so, too).
 inline constexpr int64_t kStepTokens = 8;
-// Most tokens of a kernel that has the recurrence alone: it takes one after the other.
-inline constexpr int64_t kMostSteps = 64;
 
 // The parameter of a kernel's entries, LinearParams<N> of templates/linear/params.h, and how it is
 // launched.
 class CudaLinear {
  public:
   // `p` has its operands, results and captured tensors, and may die afterwards; p.first lies in the
-  // kernels' memory. Throws std::invalid_argument where the call is too large for a launch, or too
-  // long for a kernel without chunks.
+  // kernels' memory. Throws std::invalid_argument where the call is too large for a launch.
   CudaLinear(const ae_linear_params& p, const CudaKernel& kernel, const CudaFunctions& functions);
   CudaLinear(const CudaLinear&) = delete;
   CudaLinear& operator=(const CudaLinear&) = delete;
@@ -48,8 +45,9 @@ class CudaLinear {
   const CudaFunctions& functions_;
   const CudaDevice& device_;
   const ae_driver& driver_;
-  int64_t slots_ = 0, keys_at_ = 0, workspace_bytes_ = 0;
-  bool step_ = false, states_ = true, split_ = false;
+  int64_t slots_ = 0, workspace_bytes_ = 0;
+  int64_t keys_at_ = 0, values_at_ = 0, inverse_at_ = 0;  // in the workspace, behind the states
+  bool step_ = false, states_ = true, split_ = false, delta_ = false;
   int64_t captures_;
   std::unique_ptr<char[]> data_;
 };

@@ -246,7 +246,10 @@ const CudaFunctions* CudaKernel::load(const CudaDevice& device, ae_cu_stream str
       linear(CudaFunctions::kStep, "ae_linear_step", 0);
       if (info_.state_bytes > 0) {
         linear(CudaFunctions::kStates, "ae_linear_states", info_.state_bytes);
-        linear(CudaFunctions::kSplitStates, "ae_linear_states_split", info_.split_bytes);
+        // The delta rule has a pass that solves in the place of the small tiles.
+        const bool delta = (info_.info.user_stats >> 8 & 1) != 0;
+        linear(CudaFunctions::kSplitStates, delta ? "ae_linear_solve" : "ae_linear_states_split",
+               info_.split_bytes);
         linear(CudaFunctions::kOutputs, "ae_linear_outputs", info_.shared_bytes);
       }
       loaded_.push_back(std::make_unique<const CudaFunctions>(functions));

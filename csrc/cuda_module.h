@@ -59,7 +59,8 @@ struct CudaFunctions {
   ae_cu_function tables;             // null: the mask reads no captured tensor
   ae_cu_function schedule, combine;  // null: work is not split
   int32_t blocks;                    // of `forward`, on a multiprocessor at a time
-  // Of linear attention, in the place of the others; the first three may be null.
+  // Of linear attention, in the place of the others. kSplitStates is the pass that solves with the
+  // delta rule.
   enum Linear { kStates, kSplitStates, kOutputs, kStep, kLinear };
   ae_cu_function linear[kLinear] = {};
 };

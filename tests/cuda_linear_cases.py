@@ -48,14 +48,9 @@ CHUNKS = (
     Shape("65", 65, heads=(2, 4)),
     Shape("150", 150, heads=(1, 1)),
     Shape("packed", lengths=(0, 65, 0, 1, 70, 0)),
+    Shape("steps", lengths=(0, 1, 0, 5, 2), heads=(2, 4)),
 )
 CROWDED = Shape("crowd", lengths=(0, 70, 2) + (0,) * (CROWD - 4) + (1,), heads=(1, 1))
-STEPS = (
-    Shape("1", 1, B=3, heads=(2, 4)),
-    Shape("3", 3, B=2),
-    Shape("17", 17),
-    Shape("packed", lengths=(0, 1, 0, 5, 2)),
-)
 
 
 @dataclass(frozen=True)
@@ -65,9 +60,8 @@ class LinearCase:
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
-        if self.family.beta:
-            return STEPS
-        plain = self.family.hooks == "none" and self.family.D == 64
+        f = self.family
+        plain = f.hooks == "none" and f.D == 64 and not f.beta
         return (*CHUNKS, CROWDED) if plain else CHUNKS
 
 
@@ -83,7 +77,7 @@ COVER = (
     _case("channel", 64, 64, F16),
     _case("channel", 40, 24, BF16, "-gates", hooks="gates", decay_dtype=BF16),
     _case("none", 100, 72, F16, "-features-sum", hooks="features", normalizer="sum"),
-    _case("scalar", 128, 128, BF16, "-delta", beta=True, beta_dtype=BF16),
+    _case("scalar", 64, 64, BF16, "-delta", beta=True, beta_dtype=BF16),
     _case("channel", 40, 24, F16, "-delta-sum", beta=True, normalizer="sum"),
 )
 FULL = (
@@ -101,6 +95,9 @@ FULL = (
     _case("channel", 256, 256, BF16),
     _case("scalar", 64, 64, BF16, "-sum", normalizer="sum"),
     _case("channel", 40, 24, BF16, "-sum", normalizer="sum"),
+    _case("none", 64, 64, F16, "-delta", beta=True),
+    _case("scalar", 128, 128, BF16, "-delta-gates", beta=True, hooks="gates"),
+    _case("channel", 128, 128, BF16, "-delta", beta=True),
     _case("channel", 256, 256, BF16, "-delta", beta=True),
 )
 

@@ -138,7 +138,7 @@ def run_linear(case: cuda_linear_cases.LinearCase, seeds: Sequence[int]) -> Outc
             outcome.shapes += 1
         handle = cuda_linear_cases.handle_of(cuda_linear_cases.expectation(case, shape, 1).problem)
         plan, module = handle.pipeline.forward_plans[0], handle.program.loaded
-        outcome.tile = f"chunks of {plan.chunk}" if plan.chunk > 1 else "steps"
+        outcome.tile = f"{plan.chunk} tokens x {plan.value_block}, 4 warps"
         outcome.registers, outcome.spill_bytes = module.registers, module.spill_bytes
         if outcome.spill_bytes:
             raise RuntimeError(f"{outcome.spill_bytes} bytes of registers are spilled")

@@ -22,6 +22,7 @@ THREADS = 128
 VALUE_BLOCKS = (128, 64, 32)
 STATE_TILE, SPLIT_TILE = 64, 32  # rows and columns of S that a block of the state pass has
 STATIC_SHARED = 2 << 10  # bytes of a block besides
+SOLVE_SHARED = 18 << 10  # and of the pass that solves
 STEP_TOKENS = 8  # up to here the recurrence itself is cheaper than two passes over chunks
 
 NO_GRADIENT = (
@@ -33,9 +34,9 @@ NO_GRADIENT = (
 @dataclass(frozen=True)
 class LinearCudaPlan(LinearPlan):
     """A plan of CUDA kernels: the state pass, in large and in small tiles, the outputs of chunks,
-    and the step for few tokens. Without ``chunked`` there is the step alone."""
+    and the step for few tokens. The delta rule has a pass that solves in place of the small tiles.
+    """
 
-    chunked: bool = False
     value_block: int = 32
     output_bytes: int = 0  # dynamic shared memory of each pass
     state_bytes: int = 0
@@ -63,12 +64,10 @@ def linear_cuda_candidates(key: LinearKey, traced: TracedLinear, isa: str) -> li
                 f"{MAX_DIM}; use CPU tensors (.cpu()), or split the heads: columns of v are "
                 "independent, and sums over parts of D add up"
             )
-    if r.delta:
-        return [_step(key, arch)]
     plans = [p for block in VALUE_BLOCKS if (p := _candidate(key, arch, block)) is not None]
     if not plans:
         raise NotImplementedError(
-            f"D={r.d}, Dv={r.dv}: with a decay for each channel no chunk fits the "
+            f"D={r.d}, Dv={r.dv}: with {r.decay_kind} decay no chunk fits the "
             f"{arch.shared_bytes_of_block} bytes of shared memory of {arch.name}; use CPU tensors "
             "(.cpu()), or split the heads"
         )
@@ -98,25 +97,15 @@ def _plan(
     cost: LinearCost,
     tensors: tuple[Tensor, ...],
     reasons: tuple[str, ...],
-    chunked: bool,
     value_block: int,
     shared: tuple[int, int, int],
 ) -> LinearCudaPlan:
     r = key.request
     return LinearCudaPlan(
         "forward", f"cuda:{arch.name}", r.element, "f32", r.element, r.decay_dtype or "f32",
-        r.beta_dtype or "f32", r.d, r.dv, CHUNK if chunked else 1, r.decay_kind, r.delta,
-        r.normalizer, 0, 0, tensors, cost, reasons, chunked, value_block, *shared,
+        r.beta_dtype or "f32", r.d, r.dv, CHUNK, r.decay_kind, r.delta,
+        r.normalizer, 0, 0, tensors, cost, reasons, value_block, *shared,
     )  # fmt: skip
-
-
-def _step(key: LinearKey, arch: CudaArch) -> LinearCudaPlan:
-    r = key.request
-    state = 4 * r.d * (r.dv + r.normalizer)
-    cost = LinearCost(0.0, 0.0, 2000.0 * r.d * r.dv / arch.fma, 0.0, 0.0)
-    tensors = (Tensor("state", r.d, r.dv, "registers", state),)
-    reasons = ("the delta rule has no chunk kernels: one token after the other, S in registers",)
-    return _plan(key, arch, cost, tensors, reasons, False, VALUE_BLOCKS[-1], (0, 0, 0))
 
 
 def _candidate(key: LinearKey, arch: CudaArch, block: int) -> LinearCudaPlan | None:
@@ -127,9 +116,16 @@ def _candidate(key: LinearKey, arch: CudaArch, block: int) -> LinearCudaPlan | N
         return None
     sizes = (tile_bytes(CHUNK, r.d), tile_bytes(CHUNK, block), tile_bytes(d, block))
     output = 2 * sizes[0] + sizes[1] + sizes[2] + (decay_bytes(r.d) if channel else 0)
-    if output + STATIC_SHARED > arch.shared_bytes_of_block:
-        return None
     states, split = (4 * tile_bytes(CHUNK, t) for t in (STATE_TILE, SPLIT_TILE))
+    most = max(output, states, split) + STATIC_SHARED
+    if r.delta:
+        copies = 2 if channel else 1
+        split = copies * sizes[0] + (decay_bytes(r.d) if channel else 0)
+        states = copies * sizes[0] + 3 * tile_bytes(CHUNK, SPLIT_TILE)
+        states += 2 * tile_bytes(CHUNK, CHUNK) + tile_bytes(d, SPLIT_TILE)
+        most = max(max(output, states) + STATIC_SHARED, split + SOLVE_SHARED)
+    if most > arch.shared_bytes_of_block:
+        return None
     blocks = arch.shared_bytes // (output + STATIC_SHARED + SHARED_RESERVED)
     tiles = -(-dv // block)
     # Of a chunk of one head, in cycles of an SM. Scores are wanted in 10 of 16 blocks.
@@ -142,8 +138,14 @@ def _candidate(key: LinearKey, arch: CudaArch, block: int) -> LinearCudaPlan | N
     operands = 2 * CHUNK * (tiles * 2 * d + dv) + 2 * CHUNK * (d + dv)
     cache = (2.0 * state + operands) / arch.l2_bytes_per_cycle
     overhead = 2000.0 * tiles / max(1, blocks)
+    solve = 0.0
+    if r.delta:  # scores of keys, their inverse, and its products with values, in three parts each
+        solve = (scores + CHUNK * d * dv + 3 * CHUNK * CHUNK * dv * 10 / 16) / arch.tensor_fma
+        solve += CHUNK**3 / 2 / arch.fma
     unit = 1000.0 / CHUNK
-    cost = LinearCost(multiply * unit, 0.0, pointwise * unit, cache * unit, overhead * unit)
+    cost = LinearCost(
+        multiply * unit, solve * unit, pointwise * unit, cache * unit, overhead * unit
+    )
     tensors = (
         Tensor("Q", CHUNK, r.d, "shared", sizes[0]),
         Tensor("K", CHUNK, r.d, "shared", sizes[0]),
@@ -158,5 +160,6 @@ def _candidate(key: LinearKey, arch: CudaArch, block: int) -> LinearCudaPlan | N
         f"{output} of {arch.shared_bytes_of_block} bytes of shared memory: {blocks} "
         f"block{'s' if blocks > 1 else ''} of an SM at a time",
         f"states of all chunks in global memory: {state} bytes for each chunk of a head",
+        f"up to {STEP_TOKENS} tokens one after the other, the state in registers",
     )
-    return _plan(key, arch, cost, tensors, reasons, True, block, (output, states, split))
+    return _plan(key, arch, cost, tensors, reasons, block, (output, states, split))

@@ -18,8 +18,6 @@ from .spec import HOOKS
 from .trace import TracedLinear
 
 KIND = "linear_forward"
-CHUNK_ENTRIES = ("ae_linear_states", "ae_linear_states_split", "ae_linear_outputs")
-STEP_ENTRY = "ae_linear_step"
 
 
 class DeviceHookEmitter(DeviceEmitter):
@@ -37,14 +35,13 @@ class DeviceHookEmitter(DeviceEmitter):
 
 def linear_cuda_source(traced: TracedLinear, plan: LinearCudaPlan, key: LinearKey) -> str:
     """The unit of a forward kernel. The same arguments give the same text."""
-    exports = ["AE_EXPORT_LINEAR_STEP(Plan, Fn)"]
-    if plan.chunked:
-        exports.insert(0, "AE_EXPORT_LINEAR_CHUNKS(Plan, Fn)")
+    chunks = "DELTA" if plan.delta else "CHUNKS"
+    exports = [f"AE_EXPORT_LINEAR_{name}(Plan, Fn)" for name in (chunks, "STEP")]
     lines = [
         f"// attnengine linear forward kernel, {plan.target}, {plan.element}, D {plan.d}, "
         f"Dv {plan.dv}. Generated: do not edit.",
         f"// manifest: {json.dumps(_manifest(plan, key))}",
-        *(['#include "linear/forward.cuh"'] if plan.chunked else []),
+        '#include "linear/forward.cuh"',
         '#include "linear/step.cuh"',
         "namespace {",
         *_plan_struct(plan),
@@ -83,7 +80,7 @@ def _manifest(plan: LinearCudaPlan, key: LinearKey) -> dict[str, object]:
         "capture_count": len(key.captures), "user_stats": operands(key.request), "stats": 0,
         "mask_captures": 0, "block_m": CHUNK, "block_n": plan.value_block, "pack_group": False,
         "threads": THREADS, "shared_bytes": plan.output_bytes, "state_bytes": plan.state_bytes,
-        "split_bytes": plan.split_bytes, "chunked": plan.chunked, "key": key.digest(),
+        "split_bytes": plan.split_bytes, "delta": plan.delta, "key": key.digest(),
     }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 // The output pass: one thread block for each chunk, head and block of value columns, all at once.
-// Each warp has 16 tokens of the chunk.
+// Each warp has 16 tokens of the chunk. Values are those of the tokens, or with the delta rule what
+// they add to the state (linear/delta.cuh).
 //
 //   W = scale (Q K^T), decayed from token s to token t >= s, 0 above
 //   O = scale (Q e^(decays so far)) S_chunk + W V
@@ -72,9 +73,16 @@ class LinearOutputs {
     const int count = own.count(int(c));
     const bool has_state = c > 0 || p_.state != nullptr;
 
-    fill(own.b, h, first, count, column);
+    fill(own.b, h, first, count);
     cute::cp_async_fence();
-    fill_values(own.b, h, first, count, column);
+    if constexpr (Plan::kDelta) {
+      const auto* values = static_cast<const uint16_t*>(params_.work.values) +
+                           (slot * p_.H + h) * int64_t(kLinearChunk * kPitch) + column;
+      const Window v{values, kPitch, 1, kLinearChunk, kPitch - column};
+      fill_window<VTile, Elem, kThreads>(shared_ + kV, v, NoHook{});
+    } else {
+      fill_values(own.b, h, first, count, column);
+    }
     float state_scale = 1;
     if (has_state) state_scale = fill_state(slot, h, column);
     if (Plan::kNormalizer && has_state) fill_keys(slot, h);
@@ -176,34 +184,18 @@ class LinearOutputs {
             s[2], s[3], count, columns};
   }
 
-  __device__ __forceinline__ void fill(int64_t b, int64_t h, int64_t first, int count,
-                                       int column) const {
+  __device__ __forceinline__ void fill(int64_t b, int64_t h, int64_t first, int count) const {
     const int64_t head = h / (p_.H / p_.Hk);
     const Window q = rows_of(p_.q, p_.q_stride, b, head, first, count, 0, Plan::kD);
     const Window k = rows_of(p_.k, p_.k_stride, b, head, first, count, 0, Plan::kD);
-    if constexpr (Fn::kHasQMod) {
-      const auto f = [&](const HookAt& at, float x) { return Fn::q_mod(env_, at, x); };
-      fill_window<QTile, Elem, kThreads>(shared_, q, hook_at({b, head, first, 0, 1}, f));
-    } else {
-      fill_window<QTile, Elem, kThreads>(shared_, q, NoHook{});
-    }
-    if constexpr (Fn::kHasKMod) {
-      const auto f = [&](const HookAt& at, float x) { return Fn::k_mod(env_, at, x); };
-      fill_window<QTile, Elem, kThreads>(shared_ + kK, k, hook_at({b, head, first, 0, 1}, f));
-    } else {
-      fill_window<QTile, Elem, kThreads>(shared_ + kK, k, NoHook{});
-    }
+    fill_q<Fn, QTile, Elem, kThreads>(env_, shared_, q, {b, head, first, 0, 1});
+    fill_k<Fn, QTile, Elem, kThreads>(env_, shared_ + kK, k, {b, head, first, 0, 1});
   }
 
   __device__ __forceinline__ void fill_values(int64_t b, int64_t h, int64_t first, int count,
                                               int column) const {
     const Window v = rows_of(p_.v, p_.v_stride, b, h, first, count, column, Plan::kDv - column);
-    if constexpr (Fn::kHasVMod) {
-      const auto f = [&](const HookAt& at, float x) { return Fn::v_mod(env_, at, x); };
-      fill_window<VTile, Elem, kThreads>(shared_ + kV, v, hook_at({b, h, first, column, 1}, f));
-    } else {
-      fill_window<VTile, Elem, kThreads>(shared_ + kV, v, NoHook{});
-    }
+    fill_v<Fn, VTile, Elem, kThreads>(env_, shared_ + kV, v, {b, h, first, column, 1});
   }
 
   // Returns what a product with the tile is to be multiplied by. An fp16 tile is scaled by a power
@@ -227,23 +219,15 @@ class LinearOutputs {
         const float2 x = pair_at(i);
         top = fmaxf(top, fmaxf(fabsf(x.x), fabsf(x.y)));
       }
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-      if (lane_ == 0) small_.tops[warp_] = top;
-      __syncthreads();
-#pragma unroll
-      for (int i = 0; i < kWarps; ++i) top = fmaxf(top, small_.tops[i]);
-      const int exponent = int(__float_as_uint(top) >> 23);
-      int shift = exponent == 0 || exponent == 255 ? 0 : 127 + 13 - exponent;
-      shift = shift < 100 ? shift : 100;
-      const float down = __uint_as_float(uint32_t(127 + shift) << 23);
+      const Scale scale = scale_of(block_top<kWarps>(top, small_.tops));
       for (int i = int(threadIdx.x); i < kRows * kPairs; i += kThreads) {
         const float2 x = pair_at(i);
         const int n = i % kPairs * 2;
         *reinterpret_cast<uint32_t*>(shared_ + kS + STile::at(i / kPairs, n / kChunkElements) +
-                                     n % kChunkElements * 2) = pack2<Elem>(x.x * down, x.y * down);
+                                     n % kChunkElements * 2) =
+            pack2<Elem>(x.x * scale.down, x.y * scale.down);
       }
-      return __uint_as_float(uint32_t(127 - shift) << 23);
+      return scale.up;
     }
   }
 
@@ -313,15 +297,12 @@ class LinearOutputs {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int t = row(r);
-      const float now = kScalar ? small_.scalar.decay[t] : 0.0f;
-      const int since = kScalar ? small_.scalar.since[t] : 0;
 #pragma unroll
       for (int c = 0; c < kKeys; ++c) {
         const int key = c / 2 * 8 + c % 2 + lane_ % 4 * 2;
-        const bool live = key <= t && (!kScalar || key >= since);
-        const float decays = kScalar ? now - small_.scalar.decay[key] : 0.0f;
-        const float left = ex2(decays > 0 ? 0.0f : decays);  // by a rounding; NaN stays
-        s[r][c] = live ? s[r][c] * (scale * left) : 0.0f;
+        float factor = scale;
+        if constexpr (kScalar) factor *= small_.scalar.between(key, t);
+        s[r][c] = key <= t ? s[r][c] * factor : 0.0f;
         if constexpr (Plan::kNormalizer) sums[r] += s[r][c];
       }
     }

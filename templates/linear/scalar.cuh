@@ -47,6 +47,12 @@ struct ScalarDecay {
     since[token + 1] = last;
   }
 
+  // What is left at token t of what token `key` brought, which is not later.
+  __device__ __forceinline__ float between(int key, int t) const {
+    const float decays = decay[t] - decay[key];
+    return key >= since[t] ? ex2(decays > 0 ? 0.0f : decays) : 0.0f;  // by a rounding; NaN stays
+  }
+
   // What is left at token t of the state that the chunk starts from.
   __device__ __forceinline__ float since_start(int t) const {
     if constexpr (Plan::kDecay != DecayKind::kScalar) return 1;

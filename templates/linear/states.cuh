@@ -116,19 +116,10 @@ class LinearStates {
     const Window v{static_cast<const uint16_t*>(p_.v) + own.b * vs[0] + h_ * vs[1] + first * vs[2] +
                        column_ * vs[3],
                    vs[2], vs[3], own.count(c), Plan::kDv - column_};
-    if constexpr (Fn::kHasKMod) {
-      const auto f = [&](const HookAt& at, float x) { return Fn::k_mod(env_, at, x); };
-      fill_window<KTile, Elem, kThreads>(k_tile(c), k, hook_at({own.b, head, first, row_, 1}, f));
-    } else {
-      fill_window<KTile, Elem, kThreads>(k_tile(c), k, NoHook{});
-    }
-    if constexpr (Fn::kHasVMod) {
-      const auto f = [&](const HookAt& at, float x) { return Fn::v_mod(env_, at, x); };
-      fill_window<VTile, Elem, kThreads>(v_tile(c), v, hook_at({own.b, h_, first, column_, 1}, f));
-    } else {
-      fill_window<VTile, Elem, kThreads>(v_tile(c), v, NoHook{});
-    }
+    fill_k<Fn, KTile, Elem, kThreads>(env_, k_tile(c), k, {own.b, head, first, row_, 1});
+    fill_v<Fn, VTile, Elem, kThreads>(env_, v_tile(c), v, {own.b, h_, first, column_, 1});
   }
+
   // Lane l has tokens 2 l and 2 l + 1 of the chunk. Each warp finds all weights for itself.
   __device__ __forceinline__ void weigh_tokens(const LinearSequence& own, int c) {
     const int64_t first = own.first + int64_t(c) * kLinearChunk;

@@ -1,6 +1,7 @@
 // Tiles of chunks in shared memory, and rows of sums back to global memory, where how many columns
 // exist is known at run time.
 #pragma once
+#include "common/env.h"
 #include "common/linear.h"
 #include "sm80/product.cuh"
 #include "sm80/store.cuh"
@@ -78,6 +79,22 @@ __device__ __forceinline__ void fill_window(char* tile, const Window& w, const H
   }
 }
 
+// The same for an operand and its hook; `at` is where the window's first element stands.
+#define AE_FILL(name, Hook, hook)                                                                \
+  template <class Fn, class Tile, class Elem, int kThreads>                                      \
+  __device__ __forceinline__ void name(const Env& env, char* tile, const Window& w, HookAt at) { \
+    if constexpr (Fn::Hook) {                                                                    \
+      const auto f = [&](const HookAt& own, float x) { return Fn::hook(env, own, x); };          \
+      fill_window<Tile, Elem, kThreads>(tile, w, hook_at(at, f));                                \
+    } else {                                                                                     \
+      fill_window<Tile, Elem, kThreads>(tile, w, NoHook{});                                      \
+    }                                                                                            \
+  }
+AE_FILL(fill_q, kHasQMod, q_mod)
+AE_FILL(fill_k, kHasKMod, k_mod)
+AE_FILL(fill_v, kHasVMod, v_mod)
+#undef AE_FILL
+
 // Stores one row of kColumns sums, of which each lane of a quad has two of every eight; `columns`
 // of them exist. All lanes of the warp call it together. `vectors`: rows start at multiples of 16
 // bytes and are contiguous, and `columns` is a multiple of 8.
@@ -109,6 +126,32 @@ __device__ __forceinline__ void store_sums(uint16_t* row, int64_t column_stride,
       if (d < columns) row[d * column_stride] = narrow<Elem>(sums[c]);
     }
   }
+}
+
+// The largest of a block's numbers, which are not negative; `tops` is shared memory. All threads
+// call it.
+template <int kWarps>
+__device__ __forceinline__ float block_top(float top, float (&tops)[kWarps]) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+  if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) top = fmaxf(top, tops[i]);
+  return top;
+}
+
+// Powers of two: `down` brings numbers of which `top` is the largest below 2^14, which fp16 holds,
+// and `up` back.
+struct Scale {
+  float down, up;
+};
+__device__ __forceinline__ Scale scale_of(float top) {
+  const int exponent = int(__float_as_uint(top) >> 23);
+  int shift = exponent == 0 || exponent == 255 ? 0 : 127 + 13 - exponent;
+  shift = shift < 100 ? shift : 100;
+  return {__uint_as_float(uint32_t(127 + shift) << 23),
+          __uint_as_float(uint32_t(127 - shift) << 23)};
 }
 
 // Where a lane reads the A operand of 16 columns of a tile, which are what rows of the product are:

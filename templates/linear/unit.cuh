@@ -6,18 +6,18 @@
 //     Decay, Beta                 element types of decay and beta; float where there is none
 //     kD, kDv                     head dims, 1 to 256
 //     kDecay                      DecayKind
-//     kDelta                      alone in the step kernel (linear/step.cuh)
-//     kNormalizer
+//     kDelta, kNormalizer
 //     kValueBlock                 columns of a block of the output pass
 //     kOutputBytes, kStateBytes, kSplitBytes, of dynamic shared memory of the three chunk kernels
+//                                 (with the delta rule the last is the pass that solves)
 //   struct Fn:
 //     kCaptures
 //     kHasQMod, kHasKMod, kHasVMod, kHasDecayMod, kHasOutMod
 //     float q_mod(env, at, float), k_mod, v_mod, decay_mod, out_mod    of one element; with
 //     kHas*Mod
 //
-// and ends with AE_EXPORT_LINEAR_CHUNKS(Plan, Fn) where its chunk kernels exist, and
-// AE_EXPORT_LINEAR_STEP(Plan, Fn).
+// and ends with AE_EXPORT_LINEAR_CHUNKS(Plan, Fn), with the delta rule AE_EXPORT_LINEAR_DELTA(Plan,
+// Fn), and AE_EXPORT_LINEAR_STEP(Plan, Fn).
 #pragma once
 #include "common/env.h"
 #include "common/linear.h"

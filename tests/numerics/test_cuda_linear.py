@@ -202,10 +202,3 @@ def test_gradients_are_refused() -> None:
     handle = cases.handle_of(plain(4))
     with pytest.raises(NotImplementedError, match=r"no gradient.*no_grad"):
         handle.program.backward()
-
-
-@pytest.mark.compiles
-def test_the_delta_rule_takes_few_tokens() -> None:
-    case = COVER[4]
-    with pytest.raises(NotImplementedError, match=r"L=65.*64 tokens.*initial_state="):
-        cases.run(cases.forward_problem(case.family, Shape("", 65), 0))
