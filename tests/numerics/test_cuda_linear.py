@@ -136,6 +136,20 @@ def test_without_tokens_the_state_stays() -> None:
 
 
 @pytest.mark.compiles
+@pytest.mark.parametrize("L", [64, 130])
+@pytest.mark.parametrize("case", [SCALAR, COVER[4]], ids=lambda case: case.id)
+def test_without_a_final_state(case: LinearCase, L: int) -> None:
+    """A single chunk then needs no state pass."""
+    p = plain(L, case)
+    handle = cases.handle_of(p)
+    operands = (p.q, p.k, p.v, p.decay, p.beta, None, None)
+    with torch.no_grad():
+        out, state = handle.run(*operands, False)
+    assert state is None
+    assert distance(out, cases.run(p, handle)[0]) < 1e-3
+
+
+@pytest.mark.compiles
 def test_large_fp16_states() -> None:
     """Sums that fp16 cannot hold: states are scaled where they become operands."""
     p = plain(130, CHANNEL, initial_state=1e6 * torch.rand(1, 2, 64, 64))
