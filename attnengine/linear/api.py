@@ -57,7 +57,7 @@ def linear_attention(
             [H], [B, H, L], or [B, H, L, D] with a factor for each channel of k; any float dtype.
         beta: [B, H, L], any float dtype: switches the delta rule on.
         initial_state: [B, H, D, Dv], or [N, H, D, Dv] with cu_seqlens, float32 (float64 for
-            float64 operands; another float dtype is converted). None: zeros. Under a normalizer
+            float64 operands), not a narrower copy. None: zeros. Under a normalizer
             [.., Dv + 1] with z in the last column; without that column z starts at 0.
         output_final_state: also return the state after the last token of each sequence.
         cu_seqlens: [N + 1] int32 or int64: the tokens of sequence n are
@@ -73,8 +73,9 @@ def linear_attention(
         TypeError, ValueError: an argument does not fit, or a log-decay is positive or NaN; names
             it, its value and the limit.
         TraceError: a hook cannot be expressed, or is not elementwise.
-        NotImplementedError: tensors that are not on the CPU; D or Dv above 1024; a transform of
-            torch.func.
+        NotImplementedError: tensors on another device than a CPU or CUDA; D or Dv above 1024; on
+            CUDA D or Dv above 256, other operands than float16 and bfloat16, and gradients; a
+            transform of torch.func.
         KernelUnavailable, BuildError: as :func:`attnengine.attention`.
 
     The recurrences are those of the retention, gated linear attention, Mamba2 and gated DeltaNet
@@ -193,8 +194,6 @@ def _checked(
     q: Any, k: Any, v: Any, spec: Any, decay: Any, beta: Any, state: Any, cu_seqlens: Any
 ) -> tuple[LinearRequest, Sizes]:
     """Which kernel a call needs, and the sizes that its hooks are traced with."""
-    if isinstance(state, Tensor) and state.is_floating_point() and isinstance(q, Tensor):
-        state = state.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
     a = check_arguments(
         q, k, v, spec, decay=decay, beta=beta, initial_state=state, cu_seqlens=cu_seqlens
     )
