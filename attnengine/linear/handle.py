@@ -45,7 +45,7 @@ class LinearHandle:
         self._pipeline: LinearPipeline | None = None
         self.tensors = list(tensors)
         request = program.request
-        self.element, self.acc = dtypes(request)
+        self.element = dtypes(request)[0]
         self.scale = request.d**-0.5 if spec.scale is None else spec.scale
         self.columns = request.dv + (1 if request.normalizer else 0)
         self.id = program.forward()
@@ -129,9 +129,7 @@ class LinearHandle:
     ) -> tuple[Tensor, Tensor | None]:
         """An eager call: (out, final state or None)."""
         try:
-            if state is not None and (
-                state.dtype is not self.acc or state.shape[3] != self.columns
-            ):
+            if state is not None and state.shape[3] != self.columns:
                 state = self.prepared(state)
             if _grad_enabled() and (
                 q.requires_grad
@@ -181,9 +179,7 @@ class LinearHandle:
         return out, final if want_state else None
 
     def prepared(self, state: Tensor) -> Tensor:
-        """An initial state in the accumulator's dtype, with a column for z, which starts at 0."""
-        if state.is_floating_point():
-            state = state.to(self.acc)
+        """An initial state with a column for z, which starts at 0."""
         if self.program.request.normalizer and state.shape[3] == self.columns - 1:
             state = torch.nn.functional.pad(state, (0, 1))
         return state

@@ -107,7 +107,7 @@ def test_gradients_are_like_their_tensors(
 ) -> None:
     x = with_grad(operands())
     x["decay"] = torch.full((4,), -0.1, requires_grad=True)
-    state = torch.randn(2, 4, D, DV, dtype=torch.bfloat16, requires_grad=True)
+    state = torch.randn(2, 4, D, DV, requires_grad=True)
     out, final = ae.linear_attention(spec=spec, initial_state=state, output_final_state=True, **x)
     (out.sum() + final.square().sum()).backward()
     for t in (*x.values(), state):
@@ -340,6 +340,10 @@ WRONG: dict[str, tuple[type[Exception], str, Callable[[], dict]]] = {
     "state of integers": (
         ValueError, "initial_state",
         lambda: operands() | {"initial_state": torch.zeros(2, 4, D, DV, dtype=torch.int32)},
+    ),
+    "narrow state": (
+        ValueError, "initial_state: dtype torch.bfloat16.*float32",
+        lambda: operands() | {"initial_state": torch.zeros(2, 4, D, DV, dtype=torch.bfloat16)},
     ),
     "falling starts": (
         ValueError, "cu_seqlens", lambda: packed() | {"cu_seqlens": CU[[0, 2, 1, 2]]}
