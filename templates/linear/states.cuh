@@ -75,8 +75,11 @@ class LinearStates {
       cute::cp_async_fence();
       if constexpr (kScalar) weigh_tokens(own, c);
       cute::cp_async_wait<1>();
-      __syncthreads();
-      if constexpr (kChannel) weigh_channels(own, c);
+      if constexpr (kChannel) {
+        weigh_channels(own, c);  // a barrier before it reads K
+      } else {
+        __syncthreads();
+      }
       add(c);
       __syncthreads();  // nobody reads the slots that are filled next
     }

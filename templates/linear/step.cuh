@@ -253,9 +253,9 @@ class LinearStep {
     if constexpr (Plan::kNormalizer) add_keys(a);
     __syncthreads();
     if (thread_ < kColumns) {
+      // The next token writes what is read here after its first barrier.
       finish(b, t, first_column_ + thread_, float(p_.scale) * total(small_.sums[1], thread_));
     }
-    __syncthreads();  // all that the next token overwrites has been read
   }
 
   // z = e^g z + k, and q^T z.

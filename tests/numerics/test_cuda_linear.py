@@ -3,8 +3,10 @@ which also reports races, bounds and misuse. No GPU is needed."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +14,12 @@ import torch
 from torch import Tensor
 
 import attnengine as ae
-from attnengine import gate
+from attnengine import gate, library
 from tests import cuda_linear_cases as cases
 from tests import ptxsim
 from tests.cuda_linear_cases import COVER, LinearCase, Shape
 from tests.numerics.linear_problems import Family
+from tests.ptxsim.test_mutants import statements, without
 
 pytestmark = pytest.mark.usefixtures("simulator")
 SEEDS = (1, 2, 3)
@@ -193,6 +196,30 @@ def test_the_gate_catches_a_wrong_result() -> None:
     out[..., 50, :] *= 1.02
     with pytest.raises(gate.GateError):
         expected.check((out, state))
+
+
+@pytest.mark.compiles
+def test_each_barrier_is_needed(tmp_path: Path) -> None:
+    """Of the delta rule's kernels, which are most: without it there is a report."""
+    problems = [plain(130, COVER[4]), plain(3, COVER[4])]
+    handle = cases.handle_of(problems[0])
+    module = handle.program.loaded
+    assert module is not None
+    ptx = module.ptx_path.read_text()
+    barriers = [s for s in statements(ptx, r"bar\.sync") if "/linear/" in s.file]
+    assert len(barriers) >= 10
+    for i, barrier in enumerate(barriers):
+        path = tmp_path / f"{i}.ptx"
+        path.write_text(without(ptx, barrier))
+        kernel = library.load_cuda_kernel(path, None, module.manifest, [])
+        found = []
+        for p in problems:
+            with contextlib.suppress(RuntimeError), torch.no_grad():
+                operands = (p.q, p.k, p.v, p.decay, p.beta, None, None, [])
+                torch.ops.attnengine.linear_forward(*operands, kernel, handle.scale, True)
+                continue
+            found.append(ptxsim.report().split(":", 1)[0])
+        assert found and set(found) <= {"race", "uninitialized", "cp.async"}, barrier
 
 
 # -- refusals --------------------------------------------------------------------------------------
