@@ -225,15 +225,10 @@ def measure_step(case: Case, session: Session, batch: int = 16) -> list[Row]:
     )
     agreement.require(case.name, agreement.difference(out, whole), case.dtype)
     agreement.require(case.name, agreement.difference(state, last), torch.float32)
-    library = peaks.library()
-    read = library.read_once(session.threads)
-    times = interleave(
-        {"ours": run, "read": lambda: library.read_once(session.threads)},
-        session.budget_s,
-        session.min_rounds,
-    )
-    library.release_buffers()
-    rate = max(read / times["read"].median, session.peaks[-1].read_bytes)
+    read = peaks.QuietRead(session.threads)
+    times = interleave({"ours": run, "read": read}, session.budget_s, session.min_rounds)
+    peaks.library().release_buffers()
+    rate = read.rate
     mine = Row(
         name=f"linear/{NAMES[case.dtype]}/{case.model}/step/b{batch}",
         unit="ms",

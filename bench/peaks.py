@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import statistics
 import subprocess
 import tempfile
 import time
@@ -63,6 +64,29 @@ def library() -> ctypes.CDLL:
     loaded.release_buffers.argtypes = []
     loaded.release_buffers.restype = None
     return loaded
+
+
+class QuietRead:
+    """A contestant of interleaved rounds that streams large buffers. It waits until the threads of
+    a pool have stopped spinning, which would slow a plain read by a fifth, and times itself."""
+
+    PAUSE_S = 0.03
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.bytes = library().read_once(threads)  # first touch
+        self.seconds: list[float] = []
+
+    def __call__(self) -> None:
+        time.sleep(self.PAUSE_S)
+        start = time.perf_counter()
+        library().read_once(self.threads)
+        self.seconds.append(time.perf_counter() - start)
+
+    @property
+    def rate(self) -> float:
+        """Median bytes/s."""
+        return self.bytes / statistics.median(self.seconds)
 
 
 def measure(thread_counts: list[int], bursts: int = 3, pause_s: float = 0.5) -> list[Peaks]:
