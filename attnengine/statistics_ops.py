@@ -310,8 +310,7 @@ def _attend_step_fake(
     d: Tensor,
     position: Tensor,
 ) -> tuple[Tensor, ...]:
-    check(w, temp, True)
-    return _like(w), *(x.new_empty(x.shape) for x in (c, a, d, position))
+    return _step_fake(w, temp, denom_bias, c, a, d, position, -1)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
