@@ -88,7 +88,11 @@ class LinearBackward {
     char* memory = base_ + 2 * cut_.sums_bytes(p_) + worker * cut_.worker_bytes();
     Scratch& x = *reinterpret_cast<Scratch*>(memory);
     memory += sizeof(Scratch);
-    const auto head = [&](int64_t j) { return cut_.head(memory + j * cut_.head_bytes()); };
+    const auto head = [&](int64_t j) {
+      Head found = cut_.head(memory + j * cut_.head_bytes());
+      found.initial = initial_state(task, task.first_head + j);
+      return found;
+    };
     const Keys keys(io_, x);
     const Step step(io_, x, keys, A(p_.scale));
     const int64_t chunks = (task.end - task.begin + C - 1) / C;
@@ -97,7 +101,7 @@ class LinearBackward {
       return LinearAt{task.b, task.hk, task.first_head + j, t, int(left < C ? left : C)};
     };
     step.begin();
-    for (int64_t j = 0; j < task.heads; ++j) initial_state(task, task.first_head + j, head(j));
+    for (int64_t j = 0; j < task.heads; ++j) load_state(head(j), head(j).initial, A(1));
     for (int64_t c = 0; c < chunks; ++c) {
       const bool last = c + 1 == chunks;
       if (!last || X::kDelta) keys.load_keys(at(c, 0));
@@ -132,27 +136,27 @@ class LinearBackward {
   int64_t state_offset(const Task& task, int64_t h) const {
     return (task.sequence * p_.H + h) * D * X::kStateColumns;
   }
-  void initial_state(const Task& task, int64_t h, const Head& head) const {
+  LinearRows<A> initial_state(const Task& task, int64_t h) const {
     const int64_t* s = p_.state_stride;
     const A* from = static_cast<const A*>(p_.state);
     if (from != nullptr) from += task.sequence * s[0] + h * s[1];
-    load_state(head, from, s[2], s[3], A(1));
+    return {from, s[2], s[3]};
   }
   void final_adjoint(const Task& task, int64_t h, const Head& head) const {
     const A* from = static_cast<const A*>(p_.dfinal);
     if (from != nullptr) from += state_offset(task, h);
-    load_state(head, from, X::kStateColumns, 1, A(1) / factor_);
+    load_state(head, {from, X::kStateColumns, 1}, A(1) / factor_);
   }
-  // [kD][kStateColumns] times `factor`; null: zeros.
-  void load_state(const Head& head, const A* from, int64_t row, int64_t col, A factor) const {
+  // [kD][kStateColumns] times `factor`; base null: zeros.
+  void load_state(const Head& head, const LinearRows<A>& from, A factor) const {
     LinearTile<Plan>::clear(head.state, int64_t(D) * kVp);
     if constexpr (X::kNormalizer) LinearTile<Plan>::clear(head.z, kDp);
-    if (from == nullptr) return;
+    if (from.base == nullptr) return;
     for (int d = 0; d < D; ++d) {
       for (int e = 0; e < X::kDv; ++e) {
-        head.state[int64_t(d) * kVp + e] = from[d * row + e * col] * factor;
+        head.state[int64_t(d) * kVp + e] = from(d)[e * from.col] * factor;
       }
-      if constexpr (X::kNormalizer) head.z[d] = from[d * row + X::kDv * col] * factor;
+      if constexpr (X::kNormalizer) head.z[d] = from(d)[X::kDv * from.col] * factor;
     }
   }
   void store_state(const Task& task, int64_t h, const Head& head) const {

@@ -239,14 +239,8 @@ class LinearBackwardChannel {
 
   // What crosses the whole chunk, of each channel.
   __attribute__((noinline)) void states_dot(const Head& head, int64_t c) const {
-    const M* s = head.state_of(c);
     for (int d = 0; d < D; ++d) {
-      V sum{};
-      for (int e = 0; e < X::kVWidth; e += W) {
-        sum += load_widened<A>(s + int64_t(d) * kVp + e) *
-               load_vector<V>(head.state + int64_t(d) * kVp + e);
-      }
-      A dot = hsum(sum);
+      A dot = hsum(Tile::states_dot(head, c, d));
       if constexpr (kNormalizer) dot += head.z_of(c)[d] * head.z[d];
       x_.crossing[d] = x_.factor[d] * dot;
     }

@@ -220,14 +220,8 @@ class LinearBackwardShared {
 
   // <S, U>, with z.
   __attribute__((noinline)) A states_dot(const Head& head, int64_t c) const {
-    const M* s = head.state_of(c);
     V sum{};
-    for (int d = 0; d < D; ++d) {
-      for (int e = 0; e < X::kVWidth; e += W) {
-        sum += load_widened<A>(s + int64_t(d) * kVp + e) *
-               load_vector<V>(head.state + int64_t(d) * kVp + e);
-      }
-    }
+    for (int d = 0; d < D; ++d) sum += Tile::states_dot(head, c, d);
     if constexpr (X::kNormalizer) {
       for (int d = 0; d < kDp; d += W) {
         sum += load_vector<V>(head.z_of(c) + d) * load_vector<V>(head.z + d);

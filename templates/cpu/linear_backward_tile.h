@@ -168,7 +168,27 @@ struct LinearTile {
     }
   }
 
-  // ---- the gradient of scalar decay ----
+  // ---- the gradient of decay ----
+  // Row d of the state before chunk c times that of U, in lanes. An initial state counts as it was
+  // given: beside one token its rounding would be most of the error.
+  static AE_INLINE V states_dot(const LinearBackwardHead<Plan>& head, int64_t c, int d) {
+    const A* u = head.state + int64_t(d) * X::kVp;
+    V sum{};
+    if (c > 0 || !X::kRounds) {
+      const M* s = head.state_of(c) + int64_t(d) * X::kVp;
+      for (int e = 0; e < X::kVWidth; e += W) sum += load_widened<A>(s + e) * load_vector<V>(u + e);
+    } else if (head.initial.base != nullptr) {
+      const A* s = head.initial(d);
+      const int64_t col = head.initial.col;
+      for (int e = 0; e < X::kDv; e += W) {
+        const int count = X::kDv - e < W ? X::kDv - e : W;
+        sum += load_lanes<A>(s + e * col, col, count) * load_vector<V>(u + e);
+      }
+    }
+    return sum;
+  }
+
+  // Of scalar decay.
   // sums[r] = sum of w[t][s] over s < r <= t: no term is taken back, so nothing cancels. Rows are
   // filled up to the vector of the diagonal, with zeros behind s = t; a diagonal element counts
   // nowhere.

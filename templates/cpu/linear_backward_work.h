@@ -142,6 +142,7 @@ struct LinearBackwardHead {
   A* z;        // [kDp] running z, then its part of U
   char* kept;  // of every chunk: the state before it, z, W and r
   int64_t pitch, z_at, written_at, residual_at;
+  LinearRows<A> initial{};  // the state before chunk 0 as it was given; base null: zeros
 
   M* state_of(int64_t c) const { return reinterpret_cast<M*>(kept + c * pitch); }
   A* z_of(int64_t c) const { return reinterpret_cast<A*>(kept + c * pitch + z_at); }

@@ -13,9 +13,7 @@ from torch import Tensor
 
 import attnengine as ae
 
-# Two modules each. bf16-scalar-sum is left out: of its 15 seeds one (6: one token after an initial
-# state) has a decay gradient beyond the gate, 0.052 beside 0.035, whose cause is not known.
-NAMES = pytest.mark.parametrize("name", [n for n in FAMILIES if n != "bf16-scalar-sum"])
+NAMES = pytest.mark.parametrize("name", FAMILIES)  # two modules each
 # One module of each structure.
 CORES = ("f32-scalar", "f32-channel-delta", "f32-features-sum", "bf16-delta")
 
