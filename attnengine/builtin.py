@@ -57,6 +57,14 @@ BUILTIN: tuple[tuple[str, Mapping[str, Any]], ...] = (
 )
 """(variant, settings); "full" is the plain softmax without a mask."""
 
+STATISTICS = "token_statistics"
+"""The name of token statistics attention, which has no variants."""
+EXPORTED = (
+    "\n  or, for an exported program, --specs kernels.py:run with a function run() that loads its "
+    "file and calls it"
+)
+"""What prebuild_command leaves to say about a kernel of an exported program."""
+
 
 def names() -> list[str]:
     """The names that make_spec knows: "full" and the public variants that return a spec."""
@@ -134,3 +142,9 @@ def prebuild_command(
         "    from attnengine.prebuild import Request\n"
         f'    SPECS = [Request(spec, dtypes="{word}", head_dims={dims}{more})]'
     )
+
+
+def statistics_command(dtype: torch.dtype, d: int, isa: str) -> str:
+    """The same about a kernel of token statistics attention."""
+    specs = f"builtin:{STATISTICS} --dtypes {dtype_word(dtype)} --head-dims {d}"
+    return build.remedy(specs, isa)

@@ -63,8 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     prebuild = command("prebuild", _prebuild, "compile kernels ahead of time: a folder or a wheel")
     prebuild.add_argument(
         "--specs", required=True, metavar="FILE|builtin",
-        help="builtin[:NAME,...]; FILE.toml or FILE.json; FILE.py with SPECS; FILE.py:NAME or "
-        "MODULE:NAME, requests or a function that is run",
+        help="builtin[:NAME,...] (builtin:linear is all of linear attention); FILE.toml or "
+        "FILE.json; FILE.py with SPECS; FILE.py:NAME or MODULE:NAME, requests or a function that "
+        "is run",
     )  # fmt: skip
     prebuild.add_argument(
         "--target",
@@ -84,6 +85,12 @@ def _parser() -> argparse.ArgumentParser:
         "--forms", type=_words, default=[], help="of CUDA kernels: dense, decode, prefill"
     )
     prebuild.add_argument("--shared-kv", action="store_true", help="of --forms: v lies within k")
+    prebuild.add_argument(
+        "--decay-dtype", metavar="DTYPE", help="of linear attention's decays; default: fp32"
+    )
+    prebuild.add_argument(
+        "--beta-dtype", metavar="DTYPE", help="of linear attention's beta; default: q's"
+    )
 
     cache = command("cache", _no_action, "look after the kernel cache")
     actions = cache.add_subparsers(title="actions", required=True, metavar="ACTION")

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -21,8 +22,7 @@ from .arch import CUDA
 from .cache import Store
 from .errors import BuildError
 from .kernel_wheel import write_wheel
-from .plan_cuda import HEAD_DIMS
-from .prebuild import Kernel, Request, as_requests, kernels, read_requests, serves
+from .prebuild import Kernel, LinearKernels, Request, Wanted, as_requests, read_requests
 
 _SECONDS = 4.0  # one module on one core, where the cache knows of none: median of 900 builds
 _DEVICE_SECONDS = 10.0  # the same of a CUDA module
@@ -31,9 +31,9 @@ _CUDA_WORDS = {word: isa for isa in CUDA for word in (isa, isa.replace("_", ""))
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says. ``dtypes``, ``head_dims``, ``forms`` (with ``shared_kv``) and
-    ``forward_only`` overrule what the requests say; ``jobs`` None: one for each processor of this
-    process."""
+    """What the command line says. ``dtypes``, ``head_dims``, ``forms`` (with ``shared_kv``),
+    ``decay_dtype``, ``beta_dtype`` and ``forward_only`` overrule what the requests say, where they
+    have such a thing; ``jobs`` None: one for each processor of this process."""
 
     specs: str
     target: str
@@ -45,6 +45,8 @@ class Options:
     forward_only: bool = False
     forms: Sequence[str] = ()
     shared_kv: bool = False
+    decay_dtype: str | None = None
+    beta_dtype: str | None = None
 
 
 def prebuild(options: Options, console: Console) -> int:
@@ -90,24 +92,24 @@ def target_isas(target: str) -> list[str]:
 
 def _called(
     function: Callable[[], Any], name: str, isas: list[str]
-) -> tuple[list[tuple[staging.Unit, Path]], list[Request]]:
+) -> tuple[list[tuple[staging.Unit, Path]], list[Wanted]]:
     """The modules that a function uses while it runs, and the requests that it returns."""
     if len(isas) > 1 or isas[0] not in settings.ISAS or not staging.runs_here(isas[0]):
         raise ValueError(
             f"{name} is a function, which is run to see what it uses: for one instruction set that "
             "this processor has (--target cpu:ISA); attnengine.prebuild.Request is compiled for any"
         )
-    requests: list[Request] = []
+    requests: list[Wanted] = []
     with settings.exported_isa({"ATTNENGINE_ISA": isas[0]}), build.collecting() as used:
         result = function()
-    if isinstance(result, (list, tuple)) and result and isinstance(result[0], Request):
+    if isinstance(result, (list, tuple)) and result and isinstance(result[0], Wanted):
         requests = as_requests(result, name)
     if not used and not requests:
         raise ValueError(f"{name} ran without using any kernel")
     return used, requests
 
 
-def _overruled(requests: Iterable[Request], options: Options) -> list[Request]:
+def _overruled(requests: Iterable[Wanted], options: Options) -> list[Wanted]:
     changes: dict[str, Any] = {}
     if options.dtypes:
         changes["dtypes"] = tuple(options.dtypes)
@@ -117,26 +119,42 @@ def _overruled(requests: Iterable[Request], options: Options) -> list[Request]:
         changes["backward"] = False
     if options.shared_kv and not options.forms:
         raise ValueError("--shared-kv belongs to --forms: say which, such as --forms decode")
-    if options.forms:
-        changes |= {"forms": tuple(options.forms), "shared_kv": options.shared_kv}
-    return [dataclasses.replace(request, **changes) for request in requests]
+    found = []
+    for request in requests:
+        own = dict(changes)
+        if isinstance(request, Request) and options.forms:
+            own |= {"forms": tuple(options.forms), "shared_kv": options.shared_kv}
+        if isinstance(request, LinearKernels):
+            if options.decay_dtype and request.decay != "none":
+                own["decay_dtype"] = options.decay_dtype
+            if options.beta_dtype and request.delta:
+                own["beta_dtype"] = options.beta_dtype
+        found.append(dataclasses.replace(request, **own))  # type: ignore[type-var]
+    return found
 
 
-def _generated(requests: list[Request], isas: list[str], console: Console) -> list[Kernel]:
+def _generated(requests: list[Wanted], isas: list[str], console: Console) -> list[Kernel]:
     """The modules of all requests, each source once."""
-    asked = [(r, *p, isa) for isa in isas for r in requests for p in r.programs()]
-    programs = [program for program in asked if serves(program[4], *program[1:4])]
-    if len(programs) < len(asked):
-        few = f"CUDA kernels are bf16 or fp16 with {HEAD_DIMS}"
-        if not programs:
-            raise ValueError(f"{few}: none of the requests is; see --dtypes and --head-dims")
-        console.print(f"{few}: {len(asked) - len(programs)} others are not made", soft_wrap=True)
+    programs, left_out = [], Counter[str]()
+    for isa in isas:
+        for request in requests:
+            for program in request.programs():
+                why = request.refused(isa, *program)
+                if why:
+                    left_out[why] += 1
+                else:
+                    programs.append((request, *program, isa))
+    if left_out and not programs:
+        every = "; ".join(left_out)
+        raise ValueError(f"{every}: none of the requests is; see --dtypes and --head-dims")
+    for why, count in left_out.items():
+        console.print(f"{why}: {count} others are not made", soft_wrap=True)
     found: dict[tuple[str, str], Kernel] = {}
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("generating", total=len(programs))
         for request, dtype, d, dv, isa in programs:
             progress.update(task, description=f"generating {request.name}")
-            for kernel in kernels(request, dtype, d, dv, isa):
+            for kernel in request.kernels(dtype, d, dv, isa):
                 found.setdefault((kernel.isa, kernel.source), kernel)
             progress.advance(task)
     return list(found.values())

@@ -204,12 +204,7 @@ class Program:
             return getattr(found, kind) == source
 
         text = builtin.prebuild_command(*key, self.form, same)
-        if self.exported:
-            text += (
-                "\n  or, for an exported program, --specs kernels.py:run with a function run() "
-                "that loads its file and calls it"
-            )
-        return text
+        return text + builtin.EXPORTED if self.exported else text
 
 
 def _tile(plan: Plan) -> tuple[int, int, int]:

@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import build, library, ops
+from . import build, builtin, library, ops
+from .errors import KernelUnavailable
 from .statistics_source import StatisticsPlan, statistics_source
 from .target import default_isa
 
@@ -34,7 +35,11 @@ def kernel_of(kind: str, element: torch.dtype, head_dim: int) -> int:
     found = _kernels.get((kind, element, head_dim, isa))
     if found is None:
         plan = StatisticsPlan(kind, element, head_dim)
-        path = build.module(statistics_source(plan), isa, f"{plan.label} {isa}")
+        try:
+            path = build.module(statistics_source(plan), isa, f"{plan.label} {isa}")
+        except KernelUnavailable as error:
+            command = builtin.statistics_command(element, head_dim, isa)
+            raise KernelUnavailable(error.problem, command) from None
         found = _kernels[kind, element, head_dim, isa] = library.load_kernel(path)
     return found
 

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,11 +19,12 @@ from torch import Tensor
 
 from .. import build, cache, dispatch, library
 from ..arch import CUDA
+from ..builtin import EXPORTED
 from ..capture import Captures, captures_of, stable_text
 from ..errors import KernelUnavailable
 from ..ir import TORCH_DTYPES
 from ..target import default_isa
-from . import serialize
+from . import builtin, serialize
 from .elementwise import SIZES
 from .plan_cuda import NO_GRADIENT
 from .request import LinearRequest
@@ -45,6 +46,7 @@ class LinearProgram:
     extra: tuple[Tensor, ...]  # captured, but out of the fingerprint's sight
     forward_id: int = -1
     backward_id: int = -1
+    exported: bool = False  # read from a graph that another process exported
     loaded: build.DeviceModule | None = None  # a CUDA kernel, once it is loaded
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -136,14 +138,17 @@ class LinearProgram:
                 )
             path = build.module(source, self.isa, f"linear {kind} {self.name}")
         except KernelUnavailable as error:
-            raise KernelUnavailable(error.problem, _REMEDY) from None
+            raise KernelUnavailable(error.problem, self._remedy(kind, source)) from None
         return library.load_kernel(path, captures)
 
+    def _remedy(self, kind: str, source: str) -> str:
+        def same(spec: LinearAttentionSpec) -> bool:
+            request = replace(self.request, normalizer=spec.normalizer == "sum")
+            made = program(spec, captures_for(spec), request, builtin.SIZES, self.isa)
+            return getattr(made.sources, kind) == source
 
-_REMEDY = (
-    "call this spec once where there is a compiler, with ATTNENGINE_CACHE_DIR set, and ship that "
-    "folder; or unset ATTNENGINE_DISABLE_JIT and install a C++ compiler"
-)
+        text = builtin.prebuild_command(self.request, self.isa, same)
+        return text + EXPORTED if self.exported else text
 
 
 # ----------------------------------------------------------------------------------- what is known
@@ -296,4 +301,6 @@ def _generated(text: str) -> LinearProgram:
     else:
         sources = regenerated(meaning.traced, isa).sources
         cache.text_put("export", memo, sources.to_json())
-    return LinearProgram(f"exported {label(request, isa)}", request, isa, sources, ())
+    return LinearProgram(
+        f"exported {label(request, isa)}", request, isa, sources, (), exported=True
+    )

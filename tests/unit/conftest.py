@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from bare_machine import Bare
 
 from attnengine import build
 
@@ -21,3 +22,9 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     build.forget()
     yield tmp_path
     build.forget()
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Bare:
+    """A machine without a compiler."""
+    return Bare(tmp_path)

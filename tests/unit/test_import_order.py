@@ -32,8 +32,8 @@ STAGES: dict[str, tuple[str, ...]] = {
         "token_statistics", "linear",
     ),
     "faces": (
-        "demo", "prebuild", "kernel_wheel", "prebuild_run", "machine", "doctor", "variant_call",
-        "cli",
+        "demo", "prebuild_request", "prebuild_linear", "prebuild", "kernel_wheel", "prebuild_run",
+        "machine", "doctor", "variant_call", "cli",
     ),
 }  # fmt: skip
 ORDER = [module for modules in STAGES.values() for module in modules]

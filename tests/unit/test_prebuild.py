@@ -6,117 +6,23 @@ Modules are those of other tests (attention causal and full, float32, D=40 x 24)
 from __future__ import annotations
 
 import json
-import os
-import shlex
-import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
-import torch
+from bare_machine import DV, Bare, D, command_in, lines_in, same
 from rich.console import Console
 from test_build import needs_compiler, tiny
 
 import attnengine as ae
 from attnengine import cache, cli, dispatch, prebuild, prebuild_run, prebuilt, program, staging
 
-D, DV = 40, 24
-
 
 @pytest.fixture(autouse=True)
 def as_new() -> None:
     prebuilt.forget()
-
-
-USER = """
-import torch
-import attnengine as ae
-
-slope = torch.tensor([0.1, -0.2, 0.3, 0.4], requires_grad=True)
-spec = ae.AttentionSpec(
-    score_mod=lambda s, b, h, q, k: s + slope[h] * (q - k),
-    mask_mod=lambda b, h, q, k: q + 2 >= k,
-)
-"""
-
-CALL = """
-import sys
-sys.path.insert(0, {here!r})
-import torch, attnengine as ae
-from user_variant import spec as user, slope
-
-def call(spec, d, dv, extra=()):
-    g = torch.Generator().manual_seed(1)
-    sizes = ((2, 4, 33, d), (2, 2, 47, d), (2, 2, 47, dv))
-    q, k, v = (torch.randn(s, generator=g).requires_grad_() for s in sizes)
-    out = ae.attention(q, k, v, spec)
-    return [out.detach(), *torch.autograd.grad(out.square().sum(), (q, k, v, *extra))]
-
-CALLS = {{
-    "causal": lambda: call(ae.variants.causal(), {D}, {DV}),
-    "full": lambda: call(ae.AttentionSpec(), {D}, {DV}),
-    "user": lambda: call(user, 8, 8, (slope,)),
-}}
-results = {{}}
-for name in sys.argv[2:]:
-    try:
-        results[name] = CALLS[name]()
-    except ae.KernelUnavailable as error:
-        results[name] = str(error)
-from attnengine import compiler
-results["compiler"] = compiler.find_compiler()
-torch.save(results, sys.argv[1])
-"""
-
-
-class Bare:
-    """A machine without a compiler: new processes with an empty cache and a bare environment."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        (root / "user_variant.py").write_text(USER)
-        (root / "call.py").write_text(CALL.format(here=str(root), D=D, DV=DV))
-
-    def run(self, *names: str, **variables: str) -> dict:
-        shutil.rmtree(self.root / "cache", ignore_errors=True)
-        keep = {n: os.environ[n] for n in ("HOME", "LD_LIBRARY_PATH") if n in os.environ}
-        out = self.root / "results.pt"
-        done = subprocess.run(
-            [sys.executable, str(self.root / "call.py"), str(out), *names],
-            env={
-                "PATH": "/nowhere",
-                "ATTNENGINE_CACHE_DIR": str(self.root / "cache"),
-                **keep,
-                **variables,
-            },
-            cwd=self.root,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        assert not list((self.root / "cache").rglob("kernel.so"))
-        found = torch.load(out)
-        assert "no C++ compiler" in found.pop("compiler")
-        return {**found, "stderr": done.stderr}
-
-    def here(self, name: str, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-        """The same call in this process, with its cache and compiler."""
-        namespace: dict = {}
-        monkeypatch.syspath_prepend(str(self.root))
-        monkeypatch.setattr(sys, "argv", ["call.py", str(self.root / "here.pt")])
-        exec((self.root / "call.py").read_text(), namespace)
-        return namespace["CALLS"][name]()
-
-
-@pytest.fixture
-def bare(tmp_path: Path) -> Bare:
-    return Bare(tmp_path)
-
-
-def same(got: list[torch.Tensor], want: list[torch.Tensor]) -> bool:
-    return len(got) == len(want) and all(map(torch.equal, got, want))
 
 
 @needs_compiler
@@ -147,10 +53,8 @@ def test_no_compiler_runs_what_is_prebuilt_and_says_how_to_make_the_rest(
 
     command, name = command_in(found["user"])
     assert name == "kernels.py"
-    lines = found["user"].splitlines()
-    snippet = [line.strip() for line in lines[lines.index(next(filter(is_import, lines))) :]]
     file = bare.root / name
-    file.write_text("\n".join(["from user_variant import spec", *snippet]))
+    file.write_text("\n".join(["from user_variant import spec", *lines_in(found["user"])]))
     monkeypatch.chdir(bare.root)
     assert cli.main([*command[1:-1], str(out)]) == 0
     assert "2 kernels, 2 new" in capsys.readouterr().out
@@ -158,18 +62,6 @@ def test_no_compiler_runs_what_is_prebuilt_and_says_how_to_make_the_rest(
     found = bare.run("causal", "full", "user", **aot)
     for name in ("causal", "full", "user"):
         assert same(found[name], bare.here(name, monkeypatch)), name
-
-
-def is_import(line: str) -> bool:
-    return "from attnengine.prebuild import Request" in line
-
-
-def command_in(text: str) -> tuple[list[str], str]:
-    """The words of the prebuild command in an error, and what its --specs says."""
-    (line,) = (line for line in text.splitlines() if "attnengine prebuild" in line)
-    words = shlex.split(line)
-    assert words[-2:] == ["--out", "DIR"]
-    return words, words[words.index("--specs") + 1]
 
 
 @needs_compiler
