@@ -15,21 +15,15 @@
 namespace ae {
 
 template <class Plan, class Fn>
-class LinearDeltaStates {
- public:
-  static constexpr int kThreads = 128, kColumns = 32;
-  using Params = LinearParams<kLinearCaptures<Fn>>;
-
- private:
-  using Elem = typename Plan::Elem;
-  static constexpr bool kChannel = Plan::kDecay == DecayKind::kChannel;
-  static constexpr bool kScalar = Plan::kDecay == DecayKind::kScalar;
-  static constexpr int kWarps = kThreads / 32;
-  static constexpr int kRows = round_up_16(Plan::kD), kPitch = round_up_16(Plan::kDv);
+class LinearDeltaStates : public LinearPass<Plan, Fn> {
+  using Pass = LinearPass<Plan, Fn>;
+  using Pass::kWarps, Pass::kRows, Pass::kPitch, Pass::kWidth, Pass::kChannel, Pass::kScalar;
+  using Pass::params_, Pass::p_, Pass::env_, Pass::shared_, Pass::lane_, Pass::warp_;
+  using typename Pass::Elem;
+  static constexpr int kColumns = 32;
   static constexpr int kBlocks = (kRows / 16 + kWarps - 1) / kWarps;  // of 16 rows of S, of a warp
   static constexpr int kSums = kColumns / 4;
   static constexpr int kTiles = (Plan::kDv + kColumns - 1) / kColumns;
-  static constexpr int kWidth = kStateWidth<Plan>;
   using KTile = SharedTile<kLinearChunk, Plan::kD>;
   using VTile = SharedTile<kLinearChunk, kColumns>;
   using STile = SharedTile<kRows, kColumns>;
@@ -48,14 +42,9 @@ class LinearDeltaStates {
     float tops[kWarps];
   };
 
-  __device__ __forceinline__ LinearDeltaStates(const Params& params, char* shared, Small& small)
-      : params_(params),
-        p_(params.p),
-        env_{params.cap, params.p.fault, params.p.L},
-        shared_(shared),
-        small_(small),
-        lane_(int(threadIdx.x) % 32),
-        warp_(int(threadIdx.x) / 32) {
+  __device__ __forceinline__ LinearDeltaStates(const typename Pass::Params& params, char* shared,
+                                               Small& small)
+      : Pass(params, shared), small_(small) {
     const unsigned index = blockIdx.x, head = index / kTiles;
     column_ = int(index % kTiles) * kColumns;
     h_ = head % unsigned(p_.H);
@@ -91,12 +80,7 @@ class LinearDeltaStates {
   }
 
  private:
-  const Params& params_;
-  const ae_linear_params& p_;
-  const Env env_;
-  char* const shared_;
   Small& small_;
-  const int lane_, warp_;
   int column_;
   int64_t h_, sequence_;
   float s_[kBlocks][2][kSums];
@@ -116,23 +100,16 @@ class LinearDeltaStates {
   }
 
   __device__ __forceinline__ void fill(const LinearSequence& own, int c, int64_t slot) const {
-    const int64_t first = own.first + int64_t(c) * kLinearChunk, head = h_ / (p_.H / p_.Hk);
-    const int64_t *ks = p_.k_stride, *vs = p_.v_stride;
-    const Window k{
-        static_cast<const uint16_t*>(p_.k) + own.b * ks[0] + head * ks[1] + first * ks[2], ks[2],
-        ks[3], own.count(c), Plan::kD};
-    const Window v{static_cast<const uint16_t*>(p_.v) + own.b * vs[0] + h_ * vs[1] + first * vs[2] +
-                       column_ * vs[3],
-                   vs[2], vs[3], own.count(c), Plan::kDv - column_};
-    fill_k<Fn, KTile, Elem, kThreads>(env_, shared_, k, {own.b, head, first, 0, 1});
-    fill_v<Fn, VTile, Elem, kThreads>(env_, shared_ + kV, v, {own.b, h_, first, column_, 1});
+    const int64_t first = own.first + int64_t(c) * kLinearChunk;
+    this->template fill_keys<KTile>(shared_, own.b, h_, first, own.count(c));
+    this->template fill_values<VTile>(shared_ + kV, own.b, h_, first, own.count(c), column_);
     const auto* solved = static_cast<const uint16_t*>(params_.work.inverse) +
                          (slot * p_.H + h_) * int64_t(kSolveElements);
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
       const Window t{solved + part * kLinearChunk * kLinearChunk, kLinearChunk, 1, kLinearChunk,
                      kLinearChunk};
-      fill_window<TTile, Elem, kThreads>(shared_ + kT + part * TTile::kBytes, t, NoHook{});
+      fill_window<TTile, Elem, Pass::kThreads>(shared_ + kT + part * TTile::kBytes, t, NoHook{});
     }
   }
 
@@ -165,7 +142,7 @@ class LinearDeltaStates {
   __device__ __forceinline__ void weigh_channels(const LinearSequence& own, int c) {
     const int64_t first = own.first + int64_t(c) * kLinearChunk;
     const int count = own.count(c);
-    for (int d = int(threadIdx.x); d < kRows; d += kThreads) {
+    for (int d = int(threadIdx.x); d < kRows; d += Pass::kThreads) {
       const auto decay = [&](int t) {
         return t < count && d < Plan::kD ? log2_decay<Plan, Fn>(env_, p_, own.b, h_, first + t, d)
                                          : 0.0f;
@@ -196,20 +173,7 @@ class LinearDeltaStates {
   // R, each warp of its tokens, as two numbers. `up`: what products with S are to be multiplied by.
   __device__ __forceinline__ void correct(float up) {
     float r_[2][kSums] = {};
-    const auto k = read_a<KTile>(shared_ + kBefore, 16 * warp_, lane_);
-    const auto state = read_b_transposed<STile>(shared_ + kS, lane_);
-#pragma unroll
-    for (int step = 0; step < kRows / 16; ++step) {
-      uint32_t a[4];
-      k.load(0, 2 * step, a);
-#pragma unroll
-      for (int p = 0; p < kColumns / 16; ++p) {
-        uint32_t b[4];
-        state.load_transposed(16 * step, 2 * p, b);
-        multiply_add<Elem>(r_[0], r_[1], 2 * p, a, b[0], b[1]);
-        multiply_add<Elem>(r_[0], r_[1], 2 * p + 1, a, b[2], b[3]);
-      }
-    }
+    multiply_state<Elem, KTile, STile>(shared_ + kBefore, shared_ + kS, r_, warp_, lane_);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int t = token(r);
@@ -239,19 +203,15 @@ class LinearDeltaStates {
       const char* r = shared_ + kR + (product == 1 ? VTile::kBytes : 0);
       const auto rows = read_a<TTile>(t, 16 * warp_, lane_);
       const auto values = read_b_transposed<VTile>(r, lane_);
+      uint32_t a[4];
 #pragma unroll
       for (int step = 0; step < kLinearChunk / 16; ++step) {
-        if (step > warp_) break;
-        uint32_t a[4];
+        if (step >= warp_) break;
         rows.load(0, 2 * step, a);
-#pragma unroll
-        for (int p = 0; p < kColumns / 16; ++p) {
-          uint32_t b[4];
-          values.load_transposed(16 * step, 2 * p, b);
-          multiply_add<Elem>(v_[0], v_[1], 2 * p, a, b[0], b[1]);
-          multiply_add<Elem>(v_[0], v_[1], 2 * p + 1, a, b[2], b[3]);
-        }
+        multiply_columns<Elem>(a, values, 16 * step, 0, v_);
       }
+      read_a<TTile>(t, 16 * warp_, lane_).load(0, 2 * warp_, a);
+      multiply_own<Elem, VTile>(a, r, v_, warp_, lane_);
     }
     __syncthreads();  // R has been read
     auto* to = static_cast<uint16_t*>(params_.work.values) +
@@ -294,13 +254,7 @@ class LinearDeltaStates {
           const uint32_t high = kScalar ? pack2<Elem>(w[8], w[9]) : low;
           multiply_add<Elem>(z_[block][0], z_[block][1], 0, a, low, high);
         }
-#pragma unroll
-        for (int p = 0; p < kColumns / 16; ++p) {
-          uint32_t b[4];
-          v.load_transposed(16 * step, 2 * p, b);
-          multiply_add<Elem>(s_[block][0], s_[block][1], 2 * p, a, b[0], b[1]);
-          multiply_add<Elem>(s_[block][0], s_[block][1], 2 * p + 1, a, b[2], b[3]);
-        }
+        multiply_columns<Elem>(a, v, 16 * step, 0, s_[block]);
       }
     }
   }
@@ -370,7 +324,7 @@ class LinearDeltaStates {
       float top = 0;
       each_row(kRows, [&](int block, int r, int) {
 #pragma unroll
-        for (int i = 0; i < kSums; ++i) top = fmaxf(top, fabsf(s_[block][r][i]));
+        for (int i = 0; i < kSums; ++i) top = fmaxf(top, size_of(s_[block][r][i]));
       });
       const Scale scale = scale_of(block_top<kWarps>(top, small_.tops));
       down = scale.down, up = scale.up;

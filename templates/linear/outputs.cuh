@@ -10,27 +10,20 @@
 // to multiply the operands (linear/channel.cuh).
 #pragma once
 #include "linear/channel.cuh"
+#include "linear/pass.cuh"
 #include "linear/scalar.cuh"
-#include "linear/tiles.cuh"
-#include "linear/unit.cuh"
 
 namespace ae {
 
 template <class Plan, class Fn>
-class LinearOutputs {
- public:
-  static constexpr int kThreads = 2 * kLinearChunk;
-  using Params = LinearParams<kLinearCaptures<Fn>>;
-
- private:
-  using Elem = typename Plan::Elem;
-  static constexpr int kWarps = kThreads / 32;
+class LinearOutputs : public LinearPass<Plan, Fn> {
+  using Pass = LinearPass<Plan, Fn>;
+  using Pass::kWarps, Pass::kRows, Pass::kPitch, Pass::kChannel, Pass::kScalar;
+  using Pass::params_, Pass::p_, Pass::env_, Pass::shared_, Pass::lane_, Pass::warp_;
+  using typename Pass::Elem;
   static constexpr int kColumns = Plan::kValueBlock, kSums = kColumns / 4;
-  static constexpr int kRows = round_up_16(Plan::kD), kPitch = round_up_16(Plan::kDv);
   static constexpr int kTilesV = (Plan::kDv + kColumns - 1) / kColumns;
   static constexpr int kKeys = kLinearChunk / 4;  // of a row and thread
-  static constexpr bool kChannel = Plan::kDecay == DecayKind::kChannel;
-  static constexpr bool kScalar = Plan::kDecay == DecayKind::kScalar;
   using QTile = SharedTile<kLinearChunk, Plan::kD>;
   using VTile = SharedTile<kLinearChunk, kColumns>;
   using STile = SharedTile<kRows, kColumns>;
@@ -50,14 +43,9 @@ class LinearOutputs {
     int64_t sequence;
   };
 
-  __device__ __forceinline__ LinearOutputs(const Params& params, char* shared, Small& small)
-      : params_(params),
-        p_(params.p),
-        env_{params.cap, params.p.fault, params.p.L},
-        shared_(shared),
-        small_(small),
-        lane_(int(threadIdx.x) % 32),
-        warp_(int(threadIdx.x) / 32) {}
+  __device__ __forceinline__ LinearOutputs(const typename Pass::Params& params, char* shared,
+                                           Small& small)
+      : Pass(params, shared), small_(small) {}
 
   __device__ __forceinline__ void run() {
     const unsigned index = blockIdx.x, head = index / kTilesV;
@@ -73,19 +61,20 @@ class LinearOutputs {
     const int count = own.count(int(c));
     const bool has_state = c > 0 || p_.state != nullptr;
 
-    fill(own.b, h, first, count);
+    this->template fill_queries<QTile>(shared_, own.b, h, first, count);
+    this->template fill_keys<QTile>(shared_ + kK, own.b, h, first, count);
     cute::cp_async_fence();
     if constexpr (Plan::kDelta) {
       const auto* values = static_cast<const uint16_t*>(params_.work.values) +
                            (slot * p_.H + h) * int64_t(kLinearChunk * kPitch) + column;
       const Window v{values, kPitch, 1, kLinearChunk, kPitch - column};
-      fill_window<VTile, Elem, kThreads>(shared_ + kV, v, NoHook{});
+      fill_window<VTile, Elem, Pass::kThreads>(shared_ + kV, v, NoHook{});
     } else {
-      fill_values(own.b, h, first, count, column);
+      this->template fill_values<VTile>(shared_ + kV, own.b, h, first, count, column);
     }
     float state_scale = 1;
     if (has_state) state_scale = fill_state(slot, h, column);
-    if (Plan::kNormalizer && has_state) fill_keys(slot, h);
+    if (Plan::kNormalizer && has_state) fill_sum(slot, h);
     cute::cp_async_fence();
     if constexpr (kScalar) {
       if (warp_ == 0) small_.scalar.template fill<Fn>(env_, p_, own.b, h, first, count);
@@ -97,7 +86,7 @@ class LinearOutputs {
     __syncthreads();
 
     float o[2][kSums] = {};
-    uint32_t w[kLinearChunk / 16][4];
+    uint32_t w[kLinearChunk / 16][4], own_w[4] = {};  // those with the warp's own tokens
     float sums[2] = {};  // of the rows' weights, what this lane has of them
     const float scale = float(p_.scale);
     if constexpr (kChannel) {
@@ -116,21 +105,21 @@ class LinearOutputs {
         o[1][i] *= scale * state_scale;
       }
       weigh(scale, s, sums);
-      pack(s, w);
+      pack(s, w, own_w);
     } else {
       float s[2][kKeys] = {};
-      score(s);
+      multiply_rows<Elem, QTile>(shared_, shared_ + kK, s, warp_, lane_);
       if (has_state) {
         sum_keys(sums);
 #pragma unroll
         for (int r = 0; r < 2; ++r) sums[r] *= scale * small_.scalar.since_start(row(r));
       }
       weigh(scale, s, sums);
-      pack(s, w);
+      pack(s, w, own_w);
       cute::cp_async_wait<0>();
       __syncthreads();
       if (has_state) {
-        apply_state(o);
+        multiply_state<Elem, QTile, STile>(shared_, shared_ + kS, o, warp_, lane_);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const float factor = state_scale * scale * small_.scalar.since_start(row(r));
@@ -143,15 +132,10 @@ class LinearOutputs {
     const auto v = read_b_transposed<VTile>(shared_ + kV, lane_);
 #pragma unroll
     for (int step = 0; step < kLinearChunk / 16; ++step) {
-      if (step > warp_) break;  // later tokens
-#pragma unroll
-      for (int pair = 0; pair < kColumns / 16; ++pair) {
-        uint32_t b[4];
-        v.load_transposed(16 * step, 2 * pair, b);
-        multiply_add<Elem>(o[0], o[1], 2 * pair, w[step], b[0], b[1]);
-        multiply_add<Elem>(o[0], o[1], 2 * pair + 1, w[step], b[2], b[3]);
-      }
+      if (step >= warp_) break;  // own tokens, and later ones
+      multiply_columns<Elem>(w[step], v, 16 * step, 0, o);
     }
+    multiply_own<Elem, VTile>(own_w, shared_ + kV, o, warp_, lane_);
     if constexpr (Plan::kNormalizer) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -166,38 +150,12 @@ class LinearOutputs {
   }
 
  private:
-  const Params& params_;
-  const ae_linear_params& p_;
-  const Env env_;
-  char* const shared_;
   Small& small_;
-  const int lane_, warp_;
 
   // The token of the thread's row r.
   __device__ __forceinline__ int row(int r) const { return 16 * warp_ + lane_ / 4 + 8 * r; }
 
   // ---- filling shared memory ----
-  __device__ __forceinline__ static Window rows_of(const void* data, const int64_t* s, int64_t b,
-                                                   int64_t h, int64_t first, int count, int column,
-                                                   int columns) {
-    return {static_cast<const uint16_t*>(data) + b * s[0] + h * s[1] + first * s[2] + column * s[3],
-            s[2], s[3], count, columns};
-  }
-
-  __device__ __forceinline__ void fill(int64_t b, int64_t h, int64_t first, int count) const {
-    const int64_t head = h / (p_.H / p_.Hk);
-    const Window q = rows_of(p_.q, p_.q_stride, b, head, first, count, 0, Plan::kD);
-    const Window k = rows_of(p_.k, p_.k_stride, b, head, first, count, 0, Plan::kD);
-    fill_q<Fn, QTile, Elem, kThreads>(env_, shared_, q, {b, head, first, 0, 1});
-    fill_k<Fn, QTile, Elem, kThreads>(env_, shared_ + kK, k, {b, head, first, 0, 1});
-  }
-
-  __device__ __forceinline__ void fill_values(int64_t b, int64_t h, int64_t first, int count,
-                                              int column) const {
-    const Window v = rows_of(p_.v, p_.v_stride, b, h, first, count, column, Plan::kDv - column);
-    fill_v<Fn, VTile, Elem, kThreads>(env_, shared_ + kV, v, {b, h, first, column, 1});
-  }
-
   // Returns what a product with the tile is to be multiplied by. An fp16 tile is scaled by a power
   // of two, so that its largest element lies in [2^13, 2^14).
   __device__ __forceinline__ float fill_state(int64_t slot, int64_t h, int column) const {
@@ -205,7 +163,7 @@ class LinearOutputs {
     const auto* from = static_cast<const StoredState<Plan>*>(params_.work.states) + at;
     if constexpr (sizeof(*from) == 2) {
       const Window state{from, kPitch, 1, kRows, kPitch - column};
-      fill_window<STile, Elem, kThreads>(shared_ + kS, state, NoHook{});
+      fill_window<STile, Elem, Pass::kThreads>(shared_ + kS, state, NoHook{});
       return 1;
     } else {
       constexpr int kPairs = kColumns / 2;
@@ -215,12 +173,12 @@ class LinearOutputs {
                                    : make_float2(0.0f, 0.0f);
       };
       float top = 0;
-      for (int i = int(threadIdx.x); i < kRows * kPairs; i += kThreads) {
+      for (int i = int(threadIdx.x); i < kRows * kPairs; i += Pass::kThreads) {
         const float2 x = pair_at(i);
-        top = fmaxf(top, fmaxf(fabsf(x.x), fabsf(x.y)));
+        top = fmaxf(top, fmaxf(size_of(x.x), size_of(x.y)));
       }
       const Scale scale = scale_of(block_top<kWarps>(top, small_.tops));
-      for (int i = int(threadIdx.x); i < kRows * kPairs; i += kThreads) {
+      for (int i = int(threadIdx.x); i < kRows * kPairs; i += Pass::kThreads) {
         const float2 x = pair_at(i);
         const int n = i % kPairs * 2;
         *reinterpret_cast<uint32_t*>(shared_ + kS + STile::at(i / kPairs, n / kChunkElements) +
@@ -231,49 +189,14 @@ class LinearOutputs {
     }
   }
 
-  __device__ __forceinline__ void fill_keys(int64_t slot, int64_t h) const {
+  __device__ __forceinline__ void fill_sum(int64_t slot, int64_t h) const {
     const float* from = params_.work.keys + (slot * p_.H + h) * kRows;
-    for (int d = int(threadIdx.x); d < kRows; d += kThreads) {
+    for (int d = int(threadIdx.x); d < kRows; d += Pass::kThreads) {
       small_.z[d] = d < Plan::kD ? from[d] : 0.0f;
     }
   }
 
   // ---- products ----
-  __device__ __forceinline__ void score(float (&s)[2][kKeys]) const {
-    const auto q = read_a<QTile>(shared_, 16 * warp_, lane_);
-    const auto k = read_b<QTile>(shared_ + kK, lane_);
-#pragma unroll
-    for (int step = 0; step < kRows / 16; ++step) {
-      uint32_t a[4];
-      q.load(0, 2 * step, a);
-#pragma unroll
-      for (int pair = 0; pair < kLinearChunk / 16; ++pair) {
-        if (pair > warp_) break;
-        uint32_t b[4];
-        k.load(16 * pair, 2 * step, b);
-        multiply_add<Elem>(s[0], s[1], 2 * pair, a, b[0], b[1]);
-        multiply_add<Elem>(s[0], s[1], 2 * pair + 1, a, b[2], b[3]);
-      }
-    }
-  }
-
-  __device__ __forceinline__ void apply_state(float (&o)[2][kSums]) const {
-    const auto q = read_a<QTile>(shared_, 16 * warp_, lane_);
-    const auto state = read_b_transposed<STile>(shared_ + kS, lane_);
-#pragma unroll
-    for (int step = 0; step < kRows / 16; ++step) {
-      uint32_t a[4];
-      q.load(0, 2 * step, a);
-#pragma unroll
-      for (int pair = 0; pair < kColumns / 16; ++pair) {
-        uint32_t b[4];
-        state.load_transposed(16 * step, 2 * pair, b);
-        multiply_add<Elem>(o[0], o[1], 2 * pair, a, b[0], b[1]);
-        multiply_add<Elem>(o[0], o[1], 2 * pair + 1, a, b[2], b[3]);
-      }
-    }
-  }
-
   // What a lane has of the product of the queries with z.
   __device__ __forceinline__ void sum_keys(float (&sums)[2]) const {
     if constexpr (Plan::kNormalizer) {
@@ -308,14 +231,17 @@ class LinearOutputs {
     }
   }
 
-  __device__ __forceinline__ static void pack(const float (&s)[2][kKeys],
-                                              uint32_t (&w)[kLinearChunk / 16][4]) {
+  __device__ __forceinline__ void pack(const float (&s)[2][kKeys],
+                                       uint32_t (&w)[kLinearChunk / 16][4],
+                                       uint32_t (&own)[4]) const {
 #pragma unroll
     for (int step = 0; step < kLinearChunk / 16; ++step) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int c = 4 * step + i / 2 * 2;
-        w[step][i] = pack2<Elem>(s[i % 2][c], s[i % 2][c + 1]);
+        const uint32_t pair = pack2<Elem>(s[i % 2][c], s[i % 2][c + 1]);
+        w[step][i] = pair;
+        own[i] = step == warp_ ? pair : own[i];
       }
     }
   }

@@ -8,25 +8,19 @@
 // lacks.
 #pragma once
 #include "linear/channel.cuh"
+#include "linear/pass.cuh"
 #include "linear/scalar.cuh"
-#include "linear/tiles.cuh"
-#include "linear/unit.cuh"
 
 namespace ae {
 
 constexpr int kSolveElements = 2 * kLinearChunk * kLinearChunk;  // of a chunk and head
 
 template <class Plan, class Fn>
-class LinearSolve {
- public:
-  static constexpr int kThreads = 2 * kLinearChunk;
-  using Params = LinearParams<kLinearCaptures<Fn>>;
-
- private:
-  using Elem = typename Plan::Elem;
-  static constexpr bool kChannel = Plan::kDecay == DecayKind::kChannel;
-  static constexpr bool kScalar = Plan::kDecay == DecayKind::kScalar;
-  static constexpr int kRows = round_up_16(Plan::kD);
+class LinearSolve : public LinearPass<Plan, Fn> {
+  using Pass = LinearPass<Plan, Fn>;
+  using Pass::kChannel, Pass::kScalar;
+  using Pass::params_, Pass::p_, Pass::env_, Pass::shared_, Pass::lane_, Pass::warp_;
+  using typename Pass::Elem;
   static constexpr int kKeys = kLinearChunk / 4;  // of a row and thread
   using KTile = SharedTile<kLinearChunk, Plan::kD>;
   using Channels = ChannelDecay<Plan, kChannel>;
@@ -43,14 +37,9 @@ class LinearSolve {
     int64_t sequence;
   };
 
-  __device__ __forceinline__ LinearSolve(const Params& params, char* shared, Small& small)
-      : params_(params),
-        p_(params.p),
-        env_{params.cap, params.p.fault, params.p.L},
-        shared_(shared),
-        small_(small),
-        lane_(int(threadIdx.x) % 32),
-        warp_(int(threadIdx.x) / 32) {}
+  __device__ __forceinline__ LinearSolve(const typename Pass::Params& params, char* shared,
+                                         Small& small)
+      : Pass(params, shared), small_(small) {}
 
   __device__ __forceinline__ void run() {
     const int64_t h = blockIdx.x % unsigned(p_.H), slot = blockIdx.x / unsigned(p_.H);
@@ -63,8 +52,8 @@ class LinearSolve {
     const int64_t first = own.first + c * kLinearChunk;
     const int count = own.count(int(c));
 
-    fill(shared_ + kK, own.b, h, first, count);
-    if constexpr (kChannel) fill(shared_, own.b, h, first, count);
+    this->template fill_keys<KTile>(shared_ + kK, own.b, h, first, count);
+    if constexpr (kChannel) this->template fill_keys<KTile>(shared_, own.b, h, first, count);
     cute::cp_async_fence();
     if constexpr (kScalar) {
       if (warp_ == 0) small_.scalar.template fill<Fn>(env_, p_, own.b, h, first, count);
@@ -85,7 +74,7 @@ class LinearSolve {
                                                     shared_, false, s, none, nullptr, sums, warp_,
                                                     lane_);
     } else {
-      score(s);
+      multiply_rows<Elem, KTile>(shared_ + kK, shared_ + kK, s, warp_, lane_);
     }
     const int64_t* bs = p_.beta_stride;
     const auto beta = [&](int t) {
@@ -112,39 +101,7 @@ class LinearSolve {
   }
 
  private:
-  const Params& params_;
-  const ae_linear_params& p_;
-  const Env env_;
-  char* const shared_;
   Small& small_;
-  const int lane_, warp_;
-
-  __device__ __forceinline__ void fill(char* tile, int64_t b, int64_t h, int64_t first,
-                                       int count) const {
-    const int64_t* s = p_.k_stride;
-    const int64_t head = h / (p_.H / p_.Hk);
-    const Window k{static_cast<const uint16_t*>(p_.k) + b * s[0] + head * s[1] + first * s[2], s[2],
-                   s[3], count, Plan::kD};
-    fill_k<Fn, KTile, Elem, kThreads>(env_, tile, k, {b, head, first, 0, 1});
-  }
-
-  __device__ __forceinline__ void score(float (&s)[2][kKeys]) const {
-    const auto rows = read_a<KTile>(shared_ + kK, 16 * warp_, lane_);
-    const auto keys = read_b<KTile>(shared_ + kK, lane_);
-#pragma unroll
-    for (int step = 0; step < kRows / 16; ++step) {
-      uint32_t a[4];
-      rows.load(0, 2 * step, a);
-#pragma unroll
-      for (int pair = 0; pair < kLinearChunk / 16; ++pair) {
-        if (pair > warp_) break;
-        uint32_t b[4];
-        keys.load(16 * pair, 2 * step, b);
-        multiply_add<Elem>(s[0], s[1], 2 * pair, a, b[0], b[1]);
-        multiply_add<Elem>(s[0], s[1], 2 * pair + 1, a, b[2], b[3]);
-      }
-    }
-  }
 
   // One column of the inverse, by forward substitution.
   __device__ __forceinline__ void invert(int column, float beta, int64_t slot, int64_t h) const {
@@ -157,7 +114,7 @@ class LinearSolve {
 #pragma unroll
       for (int j = 0; j < i; ++j) sum = fmaf(-small_.a[i][j], x[j], sum);
       x[i] = sum;
-      const float scaled = sum * beta;
+      const float scaled = i < column ? 0.0f : sum * beta;  // though either is Inf or NaN
       const uint16_t high = narrow<Elem>(scaled);
       to[i * kLinearChunk] = high;
       to[(kLinearChunk + i) * kLinearChunk] = narrow<Elem>(scaled - widen<Elem>(high));

@@ -8,32 +8,24 @@
 //
 // Exponents are sums of log-decays, never differences: none is positive, and -Inf forgets.
 #pragma once
-#include "linear/tiles.cuh"
-#include "linear/unit.cuh"
+#include "linear/pass.cuh"
 
 namespace ae {
 
 template <class Plan, class Fn, int kBk, int kBv>
-class LinearStates {
- public:
-  static constexpr int kThreads = 128;
-  using Params = LinearParams<kLinearCaptures<Fn>>;
-
- private:
-  using Elem = typename Plan::Elem;
+class LinearStates : public LinearPass<Plan, Fn> {
+  using Pass = LinearPass<Plan, Fn>;
+  using Pass::kWarps, Pass::kRows, Pass::kPitch, Pass::kWidth, Pass::kChannel, Pass::kScalar;
+  using Pass::params_, Pass::p_, Pass::env_, Pass::shared_, Pass::lane_, Pass::warp_;
+  using typename Pass::Elem;
   using KTile = SharedTile<kLinearChunk, kBk>;
   using VTile = SharedTile<kLinearChunk, kBv>;
-  static constexpr int kWarps = kThreads / 32;
   static constexpr int kRowWarps = kBk / 16, kColumnWarps = kWarps / kRowWarps;
   static constexpr int kColumns = kBv / kColumnWarps;  // of a warp
   static constexpr int kSums = kColumns / 4;           // of a row and thread
-  static constexpr int kRows = round_up_16(Plan::kD), kPitch = round_up_16(Plan::kDv);
-  static constexpr int kWidth = kStateWidth<Plan>;
   static constexpr int kTilesK = (Plan::kD + kBk - 1) / kBk, kTilesV = (Plan::kDv + kBv - 1) / kBv;
-  static constexpr int kParts = kThreads / kBk;  // of a chunk, each with a thread per channel
+  static constexpr int kParts = Pass::kThreads / kBk;  // of a chunk, each with a thread per channel
   static constexpr int kPart = kLinearChunk / kParts;
-  static constexpr bool kChannel = Plan::kDecay == DecayKind::kChannel;
-  static constexpr bool kScalar = Plan::kDecay == DecayKind::kScalar;
   static_assert(kRowWarps >= 1 && kWarps % kRowWarps == 0 && kColumns % 16 == 0);
 
  public:
@@ -44,14 +36,9 @@ class LinearStates {
     float keep[kBk];                         // and what is left of each row of S
   };
 
-  __device__ __forceinline__ LinearStates(const Params& params, char* shared, Small& small)
-      : params_(params),
-        p_(params.p),
-        env_{params.cap, params.p.fault, params.p.L},
-        shared_(shared),
-        small_(small),
-        lane_(int(threadIdx.x) % 32),
-        warp_(int(threadIdx.x) / 32) {
+  __device__ __forceinline__ LinearStates(const typename Pass::Params& params, char* shared,
+                                          Small& small)
+      : Pass(params, shared), small_(small) {
     const unsigned index = blockIdx.x, head = index / (kTilesK * kTilesV);
     column_ = int(index % kTilesV) * kBv;
     row_ = int(index / kTilesV % kTilesK) * kBk;
@@ -88,12 +75,7 @@ class LinearStates {
   }
 
  private:
-  const Params& params_;
-  const ae_linear_params& p_;
-  const Env env_;
-  char* const shared_;
   Small& small_;
-  const int lane_, warp_;
   int row_, column_;  // of S, where the tile starts
   int64_t h_, sequence_;
   float s_[2][kSums];  // rows row(0) and row(1)
@@ -111,16 +93,9 @@ class LinearStates {
   __device__ __forceinline__ char* v_tile(int c) const { return k_tile(c) + KTile::kBytes; }
 
   __device__ __forceinline__ void fill(const LinearSequence& own, int c) const {
-    const int64_t first = own.first + int64_t(c) * kLinearChunk, head = h_ / (p_.H / p_.Hk);
-    const int64_t *ks = p_.k_stride, *vs = p_.v_stride;
-    const Window k{static_cast<const uint16_t*>(p_.k) + own.b * ks[0] + head * ks[1] +
-                       first * ks[2] + row_ * ks[3],
-                   ks[2], ks[3], own.count(c), Plan::kD - row_};
-    const Window v{static_cast<const uint16_t*>(p_.v) + own.b * vs[0] + h_ * vs[1] + first * vs[2] +
-                       column_ * vs[3],
-                   vs[2], vs[3], own.count(c), Plan::kDv - column_};
-    fill_k<Fn, KTile, Elem, kThreads>(env_, k_tile(c), k, {own.b, head, first, row_, 1});
-    fill_v<Fn, VTile, Elem, kThreads>(env_, v_tile(c), v, {own.b, h_, first, column_, 1});
+    const int64_t first = own.first + int64_t(c) * kLinearChunk;
+    this->template fill_keys<KTile>(k_tile(c), own.b, h_, first, own.count(c), row_);
+    this->template fill_values<VTile>(v_tile(c), own.b, h_, first, own.count(c), column_);
   }
 
   // Lane l has tokens 2 l and 2 l + 1 of the chunk. Each warp finds all weights for itself.
@@ -204,13 +179,7 @@ class LinearStates {
         const uint32_t ones = pack2<Elem>(1.0f, 1.0f);
         multiply_add<Elem>(z_[0], z_[1], 0, a, ones, ones);
       }
-#pragma unroll
-      for (int pair = 0; pair < kColumns / 16; ++pair) {
-        uint32_t b[4];
-        v.load_transposed(16 * step, warp_ / kRowWarps * (kColumns / 8) + 2 * pair, b);
-        multiply_add<Elem>(s_[0], s_[1], 2 * pair, a, b[0], b[1]);
-        multiply_add<Elem>(s_[0], s_[1], 2 * pair + 1, a, b[2], b[3]);
-      }
+      multiply_columns<Elem>(a, v, 16 * step, warp_ / kRowWarps * (kColumns / 8), s_);
     }
   }
 

@@ -128,6 +128,11 @@ __device__ __forceinline__ void store_sums(uint16_t* row, int64_t column_stride,
   }
 }
 
+// A number's size for `scale_of`, which no Inf or NaN decides.
+__device__ __forceinline__ float size_of(float x) {
+  return fabsf(x) <= 3.4028235e38f ? fabsf(x) : 0.0f;
+}
+
 // The largest of a block's numbers, which are not negative; `tops` is shared memory. All threads
 // call it.
 template <int kWarps>

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("simulator")
 SEEDS = (1, 2, 3)
 BF16, INF = torch.bfloat16, float("inf")
 SCALAR, CHANNEL = COVER[:2]
+SPOILED = (Shape("6", 6), Shape("130", 130), Shape("packed", lengths=(70, 1, 0, 50)))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -108,6 +109,49 @@ def test_a_positive_decay_is_reported(L: int, bad: float) -> None:
         cases.run(p)
 
 
+# -- Inf and NaN -----------------------------------------------------------------------------------
+
+
+def spoil(x: Tensor, places: int, seed: int) -> None:
+    """Inf, -Inf and NaN at random elements, none of them twice."""
+    g = torch.Generator().manual_seed(seed)
+    for i, at in enumerate(torch.randperm(x.numel(), generator=g)[:places].tolist()):
+        x[tuple(torch.unravel_index(torch.tensor(at), x.shape))] = (INF, -INF, float("nan"))[i % 3]
+
+
+def check_spoiled(p: cases.Forward) -> None:
+    """Inf and NaN are where the recurrence has them, and elsewhere is what it has."""
+    limit = {BF16: 2e-2, torch.float16: 4e-3}[p.family.dtype]
+    want = p.call(ae.reference, p.leaves(torch.float64), output_final_state=True)
+    for got, expected in zip(cases.run(p), want, strict=True):
+        finite = expected.isfinite()
+        assert torch.equal(got.isfinite(), finite)
+        assert not finite.any() or distance(got[finite], expected[finite]) < limit
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("shape", SPOILED, ids=lambda shape: shape.id)
+@pytest.mark.parametrize("case", COVER[:2] + COVER[3:], ids=lambda case: case.id)
+def test_inf_and_nan_reach_no_earlier_token(case: LinearCase, shape: Shape) -> None:
+    for seed in SEEDS:
+        p = cases.forward_problem(case.family, shape, seed)
+        ptxsim.seed(seed)
+        spoil(p.v, 3 if shape.L == 6 else 12, seed)
+        check_spoiled(p)
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("name", ["q", "k", "beta"])
+def test_other_operands_with_inf_and_nan(name: str) -> None:
+    """Every column is lost from such a token of k or beta on."""
+    for case in COVER[4:] if name == "beta" else (*COVER[:2], *COVER[4:]):
+        p = cases.forward_problem(case.family, Shape("", 130, heads=(1, 2)), 3)
+        x = getattr(p, name)
+        for t in (74, 90, 75):
+            spoil(x[:, :, t], 1, t)
+            check_spoiled(p)
+
+
 # -- the state -------------------------------------------------------------------------------------
 
 
@@ -161,6 +205,13 @@ def test_large_fp16_states() -> None:
     out, state = cases.run(p)
     want, last = p.call(ae.reference, p.leaves(torch.float64), output_final_state=True)
     assert distance(out, want) < 5e-4 and distance(state, last) < 1e-6
+    # What is largest is looked for among numbers alone.
+    p.v[:, :, 3, 5] = INF
+    out, state = cases.run(p)
+    others = [n for n in range(64) if n != 5]
+    want, last = p.call(ae.reference, p.leaves(torch.float64), output_final_state=True)
+    assert distance(out[..., others], want[..., others]) < 5e-4
+    assert distance(state[..., others], last[..., others]) < 1e-6
 
 
 # -- memory ----------------------------------------------------------------------------------------
