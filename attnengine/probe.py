@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 
 from .ir import FLOATS, TORCH_DTYPES, Node, evaluate, leaves
-from .trace import KEYS, Traced
+from .row_graphs import KEYS
+from .trace import Traced
 
 # (mean, standard deviation) of the scores of each trial. Large ones would show a clamp, negative
 # ones a floor of the running state; beyond 100, exp of a difference leaves the range of fp64.

@@ -16,7 +16,8 @@ from .aten import Lowering
 from .errors import TraceError
 from .ir import FLOATS, REDUCTIONS, TORCH_DTYPES, Graph, Node, evaluate, is_const, leaves, walk
 from .lower import FxLowering
-from .trace import KEYS, trace_fx
+from .row_graphs import KEYS
+from .tracer import trace_fx
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from .ir import DTYPE_NAMES, FLOATS, INTS, REDUCTIONS, TORCH_DTYPES, TORCH_OPS, Graph, Node
-from .trace import RowGraphs, Traced
+from .row_graphs import RowGraphs
+from .trace import Traced
 
 FORMAT = 1
 _START = '{"attnengine":'

@@ -14,7 +14,8 @@ from .emit import SCALAR, VECTOR, Emitter, IntervalEmitter, Ranges, float_litera
 from .ir import FLOATS, REDUCTIONS, Node, evaluate, gathers_of, inputs_of, leaves, walk
 from .key import KernelKey
 from .plan import Plan
-from .trace import KEYS, Traced
+from .row_graphs import KEYS
+from .trace import Traced
 
 IDENTITY = {"sum": 0.0, "prod": 1.0, "amax": float("-inf"), "amin": float("inf")}
 COMBINE = {

@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..aten import Array, Index, Lowering, Unsupported
 from ..errors import TraceError
 from ..ir import FLOATS, TORCH_DTYPES, Graph, Node, gathers_of, inputs_of, is_const, substitute
-from ..trace import Tracer, describe
+from ..tracer import Tracer
+from ..user_code import describe
 
 SIZES = ("B", "Hk", "H", "L")  # of a call, in the order in which functions take them
 _INDICES = ("b", "h", "q", "k")

@@ -17,7 +17,7 @@ import torch
 from ..errors import TraceError
 from ..ir import Graph, Node, text, walk
 from ..pullback import Pullback
-from ..trace import Tracer
+from ..tracer import Tracer
 from . import elementwise
 from .request import LinearRequest
 from .spec import HOOKS, LinearAttentionSpec

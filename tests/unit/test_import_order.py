@@ -15,7 +15,10 @@ STAGES: dict[str, tuple[str, ...]] = {
     "foundation": ("errors", "settings", "platform_tag", "clean_thread"),
     "spec": ("spec", "rows", "variants"),
     "meaning": ("products", "reference", "statistics_reference", "noise", "gate"),
-    "trace": ("ir", "capture", "aten", "lower", "trace", "probe", "pullback", "derive"),
+    "trace": (
+        "ir", "capture", "aten", "arrays", "fx_values", "lower_pointwise", "lower_shapes", "lower",
+        "user_code", "tracer", "row_graphs", "trace", "probe", "pullback", "derive",
+    ),
     "normalize": ("key", "serialize", "blockmask"),
     "plan": ("arch", "diagonal", "plan", "plan_cuda"),
     "generate": ("emit", "dialect", "unit", "source", "source_backward", "statistics_source"),
