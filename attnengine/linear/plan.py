@@ -19,6 +19,10 @@ from .trace import TracedLinear
 MAX_DIM = 1024  # of k and of v
 CHUNKS = (16, 32, 48, 64, 96, 128, 192, 256)
 MAX_TILE_BYTES = 4 << 20  # of a worker's tiles: they must stay near the core
+# The walk of a sequence takes one core. Where a call has at most so many walks, its chunks are
+# tasks with their states in memory: a tenth more work on one core (64/64 in fp32; none at 128/128,
+# where columns need not be tasks), for a gain of cores / walks on more.
+SCAN_TASKS = VIRTUAL_WORKERS // 4
 _BYTES = {"f32": 4, "f64": 8, "bf16": 2}
 
 
@@ -55,6 +59,8 @@ class LinearPlan:
     delta: bool
     normalizer: bool
     virtual_workers: int
+    scan_tasks: int  # chunks are tasks where there would be at most so many; 0: never
+    scan_bytes: int  # states that are then in memory, of each thread
     scratch_bytes: int
     tensors: tuple[Tensor, ...]
     cost: LinearCost
@@ -192,11 +198,20 @@ def _candidate(key: LinearKey, arch: CpuArch, chunk: int, hook_work: float) -> L
         reasons.append(f"channel decays are multiplied up inside blocks of {BLOCK} tokens")
     if backward:
         reasons.append("states are computed again and kept, one for each chunk of a sequence")
+    scan_tasks = 0 if backward or r.delta else SCAN_TASKS
+    scan_bytes = arch.l2_bytes // 4
+    if scan_tasks:
+        reasons.append(
+            f"of {scan_tasks} or fewer walks (sequences x heads x columns, by length) the chunks "
+            f"are tasks, their states in memory, {scan_bytes} bytes for each thread"
+        )
+    elif r.delta and not backward:
+        reasons.append("chunks follow each other: what the delta rule writes depends on the state")
     channel = r.decay_kind == "channel"
     sizes = Sizes(d, dv, c, acc, mul, arch.register_bytes, channel, r.delta, r.normalizer)
     return LinearPlan(
         key.kind, f"cpu:{arch.isa}", r.element, r.accumulator, multiply,
         r.decay_dtype or r.accumulator, r.beta_dtype or r.accumulator, d, dv, c, r.decay_kind,
-        r.delta, r.normalizer, VIRTUAL_WORKERS, scratch_bytes(key.kind, sizes), tensors, cost,
-        tuple(reasons),
+        r.delta, r.normalizer, VIRTUAL_WORKERS, scan_tasks, scan_bytes,
+        scratch_bytes(key.kind, sizes), tensors, cost, tuple(reasons),
     )  # fmt: skip

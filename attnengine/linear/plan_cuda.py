@@ -104,7 +104,7 @@ def _plan(
     return LinearCudaPlan(
         "forward", f"cuda:{arch.name}", r.element, "f32", r.element, r.decay_dtype or "f32",
         r.beta_dtype or "f32", r.d, r.dv, CHUNK, r.decay_kind, r.delta,
-        r.normalizer, 0, 0, tensors, cost, reasons, value_block, *shared,
+        r.normalizer, 0, 0, 0, 0, tensors, cost, reasons, value_block, *shared,
     )  # fmt: skip
 
 

@@ -61,6 +61,8 @@ def plan_struct(plan: LinearPlan, key: LinearKey) -> list[str]:
         f"  static constexpr bool kNormalizer = {flag(plan.normalizer)};",
         f"  static constexpr bool kBf16Dot = {flag(plan.bf16_dot)};",
         f"  static constexpr int kVirtualWorkers = {plan.virtual_workers};",
+        f"  static constexpr int kScanTasks = {plan.scan_tasks};",
+        f"  static constexpr int64_t kScanBytes = {plan.scan_bytes};",
         f"  static constexpr int64_t kScratchBytes = {plan.scratch_bytes};",
         f'  static constexpr const char* kKey = "{key.digest()}";',
         "};",

@@ -9,7 +9,8 @@
 //       for each head: decays, M, and with the delta rule A and the inverses on its diagonal
 //         for each panel: Vn;  O = scale e (q S) + M Vn;  S = total S + (k f)^T Vn
 //
-// Sequences of a few tokens go row by row through the state instead (linear_step.h).
+// Sequences of a few tokens go row by row through the state instead (linear_step.h). Where tasks
+// are few and sequences long, chunks are tasks (linear_scan.h).
 //
 // The generated unit defines Plan and Fn:
 //
@@ -18,6 +19,8 @@
 //     kD, kDv, kChunk            tokens of a chunk: a multiple of 16
 //     kDecay, kDelta, kNormalizer, kBf16Dot
 //     kVirtualWorkers            work is cut for so many, whatever the number of threads
+//     kScanTasks, kScanBytes     chunks are tasks where there would be at most so many (0: never);
+//                                states that are then in memory, for each thread
 //     kScratchBytes, kKey        of LinearForwardScratch; the digest of the kernel key
 //   struct Fn
 //     kCaptures, kHasQMod, kHasKMod, kHasVMod, kHasDecayMod, kHasOutMod
@@ -25,6 +28,7 @@
 //
 // and ends with AE_EXPORT_LINEAR_FORWARD(Plan, Fn).
 #pragma once
+#include "cpu/linear_scan.h"
 #include "cpu/linear_step.h"
 #include "cpu/linear_walk.h"
 
@@ -39,7 +43,10 @@ class LinearForward {
 
  public:
   static int64_t workspace_bytes(const ae_linear_params& p) {
-    return p.threads * worker_bytes(LinearCut<Plan>(p)) + 64;  // room to align the base
+    const LinearCut<Plan> cut(p);
+    const LinearScanCut<Plan> scan(p, cut);
+    // And room to align the base.
+    return 64 + (scan.used ? LinearScan<Plan, Fn>::bytes(p, scan) : p.threads * worker_bytes(cut));
   }
 
   LinearForward(const ae_linear_params& p, void* workspace)
@@ -51,6 +58,10 @@ class LinearForward {
         in_(p, env_) {}
 
   void run(ae_parallel_for parallel_for) {
+    if constexpr (LinearScanCut<Plan>::kEver) {
+      const LinearScanCut<Plan> scan(p_, cut_);
+      if (scan.used) return LinearScan<Plan, Fn>(in_, scan, base_).run(parallel_for);
+    }
     if (cut_.tasks > 0) parallel_for(cut_.tasks, p_.threads, &work_task, this);
   }
 

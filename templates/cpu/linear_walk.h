@@ -50,7 +50,7 @@ class LinearWalk {
     if (stream) stream_end();
   }
 
- private:
+ protected:
   const Inputs& in_;
   const ae_linear_params& p_;
   const LinearTask task_;
@@ -160,10 +160,8 @@ class LinearWalk {
     if constexpr (T::kChannel) {
       channel_products(where);
     } else if constexpr (T::kScalar) {
-      in_.scalar_decay(where, gates_.a, gates_.e);
-      gates_.accumulate();
+      load_scalar_decay(where);
       for (int t = 0; t < C; ++t) factor_[t] = scale * gates_.e[t];
-      for (int d = 0; d < kPitch; ++d) decay_[d] = gates_.total;
       a = gates_.a;
     }
     if constexpr (!T::kScalar) {
@@ -180,17 +178,27 @@ class LinearWalk {
     }
   }
 
+  void load_scalar_decay(const LinearAt& where) {
+    in_.scalar_decay(where, gates_.a, gates_.e);
+    gates_.accumulate();
+    for (int d = 0; d < kPitch; ++d) decay_[d] = gates_.total;
+  }
+  // a, and g in the place of `rest`.
+  void load_channel_decay(const LinearAt& where) {
+    const int64_t n = where.n, end = Channel::blocks(where.n) * kLinearBlock * kPitch;
+    Acc *a = at<Acc>(kAt.a), *rest = at<Acc>(kAt.rest);
+    for (int64_t t = 0; t < n; ++t) {
+      in_.channel_decay(where, int(t), a + t * kPitch, rest + t * kPitch);
+    }
+    for (int64_t i = n * kPitch; i < end; ++i) a[i] = 1, rest[i] = 0;
+  }
+
   void channel_products(const LinearAt& where) {
     const int n = where.n, blocks = Channel::blocks(n);
     Acc *a = at<Acc>(kAt.a), *inside = at<Acc>(kAt.inside), *rest = at<Acc>(kAt.rest);
     Acc *whole = at<Acc>(kAt.whole), *before = at<Acc>(kAt.before), *keys = at<Acc>(kAt.keys);
     const Acc *q = at<Acc>(kAt.q_stage), *k = at<Acc>(kAt.k_stage);
-    for (int64_t t = 0; t < n; ++t) {
-      in_.channel_decay(where, int(t), a + t * kPitch, rest + t * kPitch);
-    }
-    for (int64_t i = int64_t(n) * kPitch; i < int64_t(blocks) * kLinearBlock * kPitch; ++i) {
-      a[i] = 1, rest[i] = 0;
-    }
+    load_channel_decay(where);
     Channel::products(a, n, inside, rest, whole, before);
     Channel::decay_rows(q, inside, before, n, at<M>(kAt.q_inside), at<M>(kAt.q));
     if constexpr (kDelta) {
@@ -216,7 +224,10 @@ class LinearWalk {
       const Acc den = row_sums_[t] + factor_[t] * hsum(dot);
       inverse_[t] = normalizer_inverse(den);
     }
-    if (!keep_) return;
+    if (keep_) add_keys(where, k, sum);
+  }
+  template <class Rows>
+  void add_keys(const LinearAt& where, const Rows& k, Acc* sum) const {
     for (int d = 0; d < kPitch; d += W) {
       V x = load_vector<V>(sum + d);
       if constexpr (T::kChannel) {

@@ -15,6 +15,8 @@ struct Plan {
   static constexpr bool kNormalizer = false;
   static constexpr bool kBf16Dot = true;
   static constexpr int kVirtualWorkers = 32;
+  static constexpr int kScanTasks = 0;
+  static constexpr int64_t kScanBytes = 262144;
   static constexpr int64_t kScratchBytes = 139264;
   static constexpr const char* kKey = "9959fc2e06af6b48424729d05da419489185bf269476541a660f02caad4c7125";
 };
