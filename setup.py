@@ -26,8 +26,8 @@ FLAGS = [
     f"-ffile-prefix-map={ROOT}/=",
     *(f"-ffile-prefix-map={folder}/=" for folder in include_paths()),
 ]
-# The stable ABI of torch 2.10: one binary for every later torch, CPU or CUDA.
-TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+# The stable ABI of torch 2.11: one binary for every later torch, CPU or CUDA.
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 
 class BuildLibraries(BuildExtension):

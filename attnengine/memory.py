@@ -1,4 +1,5 @@
-"""How much memory a call takes beyond its operands, from sizes alone: nothing is allocated."""
+"""How much memory a call takes beyond its operands, from sizes alone: nothing is allocated. And how
+much of it the process keeps for later calls."""
 
 from __future__ import annotations
 
@@ -73,3 +74,21 @@ def memory_of(
 
 def _bytes(x: torch.Tensor) -> int:
     return math.prod(x.shape) * x.element_size()
+
+
+def keep_at_most(size: int) -> None:
+    """From now on the process keeps no more than so many bytes for later calls (at first 256 MB).
+
+    Large workspaces and large final states of linear attention on the CPU, from 4 MB on, go back to
+    blocks that are kept, since the first touch of fresh memory takes longer than a decode step. The
+    newest are kept; blocks of more than ``size`` bytes never are. 0 keeps none, and lets torch
+    allocate the results. Raises ValueError for a negative number.
+    """
+    if size < 0:
+        raise ValueError(f"size={size}: the bytes to keep must be at least 0")
+    library.host.keep_at_most(size)
+
+
+def kept() -> int:
+    """Bytes that the process keeps at the moment, and that nothing uses."""
+    return library.host.kept_bytes()

@@ -204,27 +204,34 @@ def measure_growth(case: Case, session: Session) -> list[Row]:
 
 
 def measure_step(case: Case, session: Session, batch: int = 16) -> list[Row]:
-    """One token of each of a batch of sequences: the state is read and written."""
+    """One token of each of a batch of sequences: the state is read and written. As a server does it:
+    layer after layer, each from the state that its last step gave, all states together larger than
+    the caches."""
     given = operands(replace(case, length=batch))
     q, k, v, decay, *beta = (x.transpose(0, 2).contiguous() for x in given)  # [batch, H, 1, ...]
     bytes_ = batch * case.heads * case.dim * case.value_dim * 4
-    copies = max(2, math.ceil((168 << 20) / bytes_))
-    states = [torch.randn(batch, case.heads, case.dim, case.value_dim) for _ in range(copies)]
+    layers = max(2, math.ceil((168 << 20) / bytes_))
+    states = [torch.randn(batch, case.heads, case.dim, case.value_dim) for _ in range(layers)]
     spec = ae.LinearAttentionSpec()
     extra = {"beta": beta[0]} if beta else {}
     turn = [0]
 
     def run() -> tuple[Tensor, ...]:
-        turn[0] = (turn[0] + 1) % copies
+        turn[0] = (turn[0] + 1) % layers
         with torch.no_grad():
-            return ae.linear_attention_step(q, k, v, spec, states[turn[0]], decay=decay, **extra)
+            out, states[turn[0]] = ae.linear_attention_step(
+                q, k, v, spec, states[turn[0]], decay=decay, **extra
+            )
+        return out, states[turn[0]]
 
+    before = states[1]
     out, state = run()
     whole, last = ae.linear_attention(
-        q, k, v, spec, decay=decay, initial_state=states[turn[0]], output_final_state=True, **extra
+        q, k, v, spec, decay=decay, initial_state=before, output_final_state=True, **extra
     )
     agreement.require(case.name, agreement.difference(out, whole), case.dtype)
     agreement.require(case.name, agreement.difference(state, last), torch.float32)
+    del out, state, whole, last, before
     read = peaks.QuietRead(session.threads)
     times = interleave({"ours": run, "read": read}, session.budget_s, session.min_rounds)
     peaks.library().release_buffers()

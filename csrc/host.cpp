@@ -386,5 +386,15 @@ PYBIND11_MODULE(_host, m) {
   m.def(
       "set_poison", [](bool on) { api().set_poison(on ? 1 : 0); }, py::arg("on"),
       "Fill results and scratch with NaN before each launch (for tests).");
+  m.def(
+      "kept_bytes", [] { return api().kept_bytes(); },
+      "Bytes of large blocks that are kept for later calls.");
+  m.def(
+      "keep_at_most",
+      [](int64_t bytes) {
+        if (bytes < 0) throw py::value_error("bytes must be at least 0");
+        api().keep_at_most(bytes);
+      },
+      py::arg("bytes"), "Keep no more bytes of large blocks for later calls, from now on.");
   ae::bind_schedule(m);
 }

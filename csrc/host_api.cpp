@@ -196,11 +196,15 @@ void set_schedule_policy(int32_t policy, int32_t splits, int64_t workers) {
       {static_cast<int16_t>(policy), static_cast<int16_t>(splits), static_cast<int32_t>(workers)});
 }
 
+int64_t kept_bytes() { return ae::MemoryPool::of_process().kept(); }
+
+void keep_at_most(int64_t bytes) { ae::MemoryPool::of_process().keep_at_most(bytes); }
+
 constexpr ae_host_api kApi = {
-    AE_HOST_API_VERSION, load_kernel,    load_cuda_kernel,   kernel_info, cuda_info,
-    kernel_path,         kernel_capture, describe_cut,       classify,    workspace_bytes,
-    check_forward,       cpu_isa,        install_driver,     driver_name, device_capability,
-    set_sync_debug,      set_poison,     set_schedule_policy};
+    AE_HOST_API_VERSION, load_kernel,    load_cuda_kernel,    kernel_info, cuda_info,
+    kernel_path,         kernel_capture, describe_cut,        classify,    workspace_bytes,
+    check_forward,       cpu_isa,        install_driver,      driver_name, device_capability,
+    set_sync_debug,      set_poison,     set_schedule_policy, kept_bytes,  keep_at_most};
 
 }  // namespace
 

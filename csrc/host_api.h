@@ -10,7 +10,7 @@
 extern "C" {
 #endif
 
-#define AE_HOST_API_VERSION 6  // bump on any change of ae_host_api
+#define AE_HOST_API_VERSION 7  // bump on any change of ae_host_api
 
 // One tensor argument for the argument checks; `device` is ae::DeviceKind.
 typedef struct ae_host_tensor {
@@ -59,6 +59,9 @@ typedef struct ae_host_api {
   void (*set_poison)(int32_t on);
   // How CUDA kernels that split their work do it; policy < 0: as predicted to be fastest.
   void (*set_schedule_policy)(int32_t policy, int32_t splits, int64_t workers);
+  // Of the process's pool (csrc/pool.h): bytes of free blocks, and their limit.
+  int64_t (*kept_bytes)(void);
+  void (*keep_at_most)(int64_t bytes);
 } ae_host_api;
 
 __attribute__((visibility("default"))) const ae_host_api* attnengine_host_api(void);

@@ -24,9 +24,9 @@ void linear_forward(StableIValue* stack, uint64_t, uint64_t) {
   p.captures = captures.data();
   p.capture_count = static_cast<int32_t>(captures.count());
   Tensor out = allocate_like(call.v(), call.v().size, kernel.info.dtype, p.out_stride);
-  Tensor state = want_state ? allocate_contiguous(call.state_size(), 4, call.accumulator(),
-                                                  Place::of(call.q()))
-                            : undefined_tensor();
+  Tensor state =
+      want_state ? allocate_pooled(call.state_size(), 4, call.accumulator(), Place::of(call.q()))
+                 : undefined_tensor();
   if (!call.empty()) {
     p.out = out.data();
     p.final_state = want_state ? state.data() : nullptr;

@@ -14,7 +14,7 @@
 #include <utility>
 
 #include "layout.h"
-#include "pages.h"
+#include "pool.h"
 #include "validate.h"
 
 namespace ae {
@@ -154,6 +154,30 @@ inline Tensor allocate_contiguous(const int64_t* size, int64_t rank, int32_t dty
   int64_t stride[AE_MAX_RANK];
   contiguous_strides(size, rank, stride);
   return allocate(size, stride, rank, dtype, place);
+}
+
+// A large result on the CPU, in memory of the process's pool, which it goes back to with the last
+// tensor that uses it: where each result replaces the last, two blocks are used in turns. torch
+// cannot make the storage of such a tensor larger (resize_), which it says.
+inline Tensor allocate_pooled(const int64_t* size, int64_t rank, int32_t dtype,
+                              Place place = Place::cpu()) {
+  MemoryPool& pool = MemoryPool::of_process();
+  const int64_t bytes = element_count(size, rank) * element_bytes(dtype);
+  if (!place.is_cpu() || bytes < kLargeBufferBytes || bytes > pool.limit()) {
+    return allocate_contiguous(size, rank, dtype, place);
+  }
+  int64_t stride[AE_MAX_RANK];
+  contiguous_strides(size, rank, stride);
+  const auto give = [](void*, void* block) {
+    MemoryPool::of_process().give(static_cast<MemoryPool::Block*>(block));
+  };
+  // At most an eighth of a block is left unused, beside the rest of a page.
+  MemoryPool::Block* block = pool.take(bytes, MemoryPool::whole_pages(bytes + bytes / 8));
+  AtenTensorHandle handle;  // the CPU has no number here
+  AE_TORCH(torch_from_blob(block->data, rank, size, stride, 0, types.to_torch[dtype], place.type,
+                           -1, &handle, aoti_torch_layout_strided(), nullptr, 0, give, block));
+  poison(block->data, bytes);
+  return Tensor(handle);
 }
 
 // Python's None. Returning it is 0.5 us cheaper than an empty tensor.

@@ -1,13 +1,12 @@
-// Scratch memory for launches: small requests reuse one buffer per thread, large ones one buffer of
-// the process.
+// Scratch memory for launches: small requests reuse one buffer per thread, large ones blocks of the
+// process's pool.
 #pragma once
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <new>
 
-#include "pages.h"
+#include "pool.h"
 
 namespace ae {
 
@@ -15,49 +14,19 @@ namespace ae {
 inline constexpr int64_t kCachedWorkspaceBytes = int64_t{1} << 20;
 inline constexpr size_t kWorkspaceAlignment = 4096;  // a page: the same L1 sets at every run
 
-// One large buffer that the process keeps between launches, so that layers which run one after the
-// other touch fresh pages once. A launch that finds it taken or too small allocates its own; the
-// larger one is kept, up to kKeptBytes.
+// A large buffer of the process's pool, so that layers which run one after the other touch fresh
+// pages once.
 class LargeBuffer {
  public:
-  static constexpr int64_t kKeptBytes = int64_t{64} << 20;
-
-  explicit LargeBuffer(int64_t bytes) : block_(kept().exchange(nullptr)) {
-    if (block_ != nullptr && block_->bytes >= bytes) return;
-    drop(block_);
-    constexpr int64_t kPage = int64_t{2} << 20;
-    const int64_t size = (bytes + kPage - 1) / kPage * kPage;
-    void* data = std::aligned_alloc(kPage, static_cast<size_t>(size));
-    if (data == nullptr) throw std::bad_alloc();
-    advise_large_pages(data, size);
-    block_ = new Block{data, size};
-  }
+  explicit LargeBuffer(int64_t bytes) : block_(pool().take(bytes, INT64_MAX)) {}
   LargeBuffer(const LargeBuffer&) = delete;
   LargeBuffer& operator=(const LargeBuffer&) = delete;
-  ~LargeBuffer() {
-    const int64_t bytes = block_->bytes;  // once it is kept, another thread may have it
-    Block* spare = bytes > kKeptBytes ? block_ : kept().exchange(block_);
-    if (spare != block_ && spare != nullptr && spare->bytes > bytes) spare = kept().exchange(spare);
-    drop(spare);
-  }
+  ~LargeBuffer() { pool().give(block_); }
   void* data() const { return block_->data; }
 
  private:
-  struct Block {
-    void* data;
-    int64_t bytes;
-  };
-  static void drop(Block* block) {
-    if (block == nullptr) return;
-    std::free(block->data);
-    delete block;
-  }
-  // Without a lock, so that a process that forks during a launch harms nobody.
-  static std::atomic<Block*>& kept() {
-    static std::atomic<Block*> one{nullptr};
-    return one;
-  }
-  Block* block_;
+  static MemoryPool& pool() { return MemoryPool::of_process(); }
+  MemoryPool::Block* block_;
 };
 
 class ThreadBuffer {

@@ -141,20 +141,79 @@ void test_large_buffer() {
     std::memset(other.data(), 2, kBytes);
     CHECK(static_cast<const char*>(first)[kBytes - 1] == 1);
   }
-  void* kept = nullptr;
-  {
-    const ae::LargeBuffer again(kBytes);
-    kept = again.data();
-  }
+  const void* kept = ae::LargeBuffer(kBytes).data();
   CHECK(ae::LargeBuffer(kBytes - 1).data() == kept);
-  CHECK(ae::LargeBuffer(kBytes).data() == kept);
-  std::memset(ae::LargeBuffer(ae::LargeBuffer::kKeptBytes + 1).data(), 3, 1);  // freed, not kept
-  {
-    const ae::LargeBuffer larger(2 * kBytes);
-    std::memset(larger.data(), 4, 2 * kBytes);
-    kept = larger.data();
+  ae::MemoryPool::of_process().keep_at_most(0);
+  CHECK(ae::MemoryPool::of_process().kept() == 0);
+}
+
+void test_memory_pool() {
+  constexpr int64_t kMega = int64_t{1} << 20;
+  ae::MemoryPool pool;
+  const auto fill = [](const auto* block) {
+    std::memset(block->data, 1, static_cast<size_t>(block->bytes));
+  };
+  auto* first = pool.take(5 * kMega, 6 * kMega);
+  CHECK(first->bytes == 6 * kMega && pool.kept() == 0);
+  CHECK(reinterpret_cast<uintptr_t>(first->data) % ae::MemoryPool::kPage == 0);
+  auto* second = pool.take(10 * kMega, 10 * kMega);
+  fill(first), fill(second);
+  pool.give(first), pool.give(second);
+  CHECK(pool.kept() == 16 * kMega);
+  CHECK(pool.take(1, 100 * kMega) == first);  // the smallest that serves
+  pool.give(first);
+  auto* other = pool.take(4 * kMega, 5 * kMega);  // both are larger than it may be
+  CHECK(other != first && other != second && other->bytes == 4 * kMega);
+  fill(other);
+  CHECK(pool.take(7 * kMega, 10 * kMega) == second);
+  pool.give(second);
+  pool.give(other);
+  CHECK(pool.kept() == 20 * kMega);
+
+  pool.keep_at_most(15 * kMega);  // the newest stay: other and second
+  CHECK(pool.kept() == 14 * kMega);
+  CHECK(pool.take(10 * kMega, 10 * kMega) == second);
+  pool.give(pool.take(16 * kMega, 16 * kMega));  // too large to stay
+  CHECK(pool.kept() == 4 * kMega);
+  pool.give(second);
+  CHECK(pool.kept() == 14 * kMega);
+  pool.give(pool.take(12 * kMega, 12 * kMega));  // newer than both, and too much with either
+  CHECK(pool.kept() == 12 * kMega);
+  pool.keep_at_most(0);
+  CHECK(pool.kept() == 0);
+
+  pool.keep_at_most(1000 * kMega);  // no more than a few blocks
+  ae::MemoryPool::Block* many[20];
+  for (auto*& block : many) block = pool.take(kMega, kMega);
+  for (auto* block : many) pool.give(block);
+  CHECK(pool.kept() == 8 * ae::MemoryPool::kPage);
+  pool.keep_at_most(0);
+}
+
+void test_memory_pool_threads() {
+  constexpr int64_t kMega = int64_t{1} << 20;
+  ae::MemoryPool pool;
+  pool.keep_at_most(6 * kMega);
+  std::atomic<bool> over{false}, mixed{false};
+  std::vector<std::thread> threads;
+  for (int id = 0; id < 4; ++id) {
+    threads.emplace_back([&, id] {
+      for (int i = 0; i < 2000; ++i) {
+        const int64_t bytes = (1 + (i + id) % 3) * 2 * kMega;
+        auto* block = pool.take(bytes, bytes);
+        auto* word = static_cast<std::atomic<int>*>(block->data);
+        word->store(id);
+        std::this_thread::yield();
+        if (word->load() != id || block->bytes != bytes) mixed = true;
+        pool.give(block);
+        if (pool.kept() < 0) over = true;
+      }
+    });
   }
-  CHECK(ae::LargeBuffer(kBytes).data() == kept);  // the larger one is kept
+  for (auto& thread : threads) thread.join();
+  CHECK(!mixed && !over && pool.kept() <= 6 * kMega);
+  pool.keep_at_most(0);
+  CHECK(pool.kept() == 0);
 }
 
 template <class Error, class Body_>
@@ -254,6 +313,8 @@ int main(int argc, char** argv) {
   test_tasks<forbidden_pool>(1, 4);
   test_workspace();
   test_large_buffer();
+  test_memory_pool();
+  test_memory_pool_threads();
   test_registry_and_checks(argv[1]);
   return CHECK_RESULT();
 }
