@@ -204,9 +204,8 @@ def measure_growth(case: Case, session: Session) -> list[Row]:
 
 
 def measure_step(case: Case, session: Session, batch: int = 16) -> list[Row]:
-    """One token of each of a batch of sequences: the state is read and written. As a server does it:
-    layer after layer, each from the state that its last step gave, all states together larger than
-    the caches."""
+    """One token of each of a batch of sequences: the state is read and written. Layer after layer,
+    each from the state that its last step gave; together they are larger than the caches."""
     given = operands(replace(case, length=batch))
     q, k, v, decay, *beta = (x.transpose(0, 2).contiguous() for x in given)  # [batch, H, 1, ...]
     bytes_ = batch * case.heads * case.dim * case.value_dim * 4

@@ -7,7 +7,7 @@
 #pragma once
 #include "cpu/linear_forward_work.h"
 #include "cpu/linear_output.h"
-#include "cpu/linear_state.h"
+#include "cpu/linear_step_rows.h"
 
 namespace ae {
 
@@ -25,6 +25,7 @@ class LinearStep {
   static constexpr int64_t kRow = T::kStateColumns;
   static constexpr LinearForwardScratch<Plan> kAt{};
   static constexpr bool kDelta = Plan::kDelta, kNormalizer = Plan::kNormalizer;
+  using Rows = LinearStepRows<Plan>;
   // Registers for sums: vectors of a row that are worked on together, times tokens. In memory the
   // sums would stand between the stores of the state, which are what is waited for (measured: half
   // the bandwidth).
@@ -40,6 +41,7 @@ class LinearStep {
     last_ = end < T::kDv ? end : T::kDv;
     state_ = at(kAt.bytes);
     stream_ = streams_states<Plan>(p_);
+    lines_ = Rows::streams_lines(p_);
   }
 
   void run() {
@@ -51,7 +53,7 @@ class LinearStep {
       where.h = task_.head + i;
       head(where);
     }
-    if (stream_) stream_end();
+    if (stream_ || lines_) stream_end();
   }
 
  private:
@@ -60,8 +62,8 @@ class LinearStep {
   const LinearTask task_;
   char* const scratch_;
   Acc* state_;
-  int first_, last_;  // columns
-  bool stream_;
+  int first_, last_;     // columns
+  bool stream_, lines_;  // final states go past the caches: rows, lines across rows
   alignas(64) Acc a_[kLinearBlock], beta_[kLinearBlock], inverse_[kLinearBlock];
 
   Acc* at(int64_t offset) const { return (Acc*)(scratch_ + offset); }
@@ -96,10 +98,14 @@ class LinearStep {
       for (int t = 0; t < where.n; ++t) in_.channel_decay(where, t, at(kAt.a) + t * kPitch);
     }
     if constexpr (kDelta) in_.beta(where, beta_, kTokens);
-    if constexpr (kNormalizer) normalize(where, from, to);
-    if (!kDelta && where.n == 1 && kWide && last_ - first_ > kVectors * W) {
-      return wide_rows(where, from, to);
+    if constexpr (kWide) {
+      const int width = last_ - first_;
+      if (where.n == 1 && (width > kVectors * W || ((kDelta || kNormalizer) && width == T::kDv))) {
+        if (kNormalizer && width < T::kDv) normalize(where, from, to);
+        return whole_rows(where, from, to);
+      }
     }
+    if constexpr (kNormalizer) normalize(where, from, to);
     int column = first_;
     const auto groups = [&]<int kCount>() {
       for (; column + kCount * W <= last_; column += kCount * W) {
@@ -143,65 +149,109 @@ class LinearStep {
     for (int t = 0; t < where.n; ++t) inverse_[t] = normalizer_inverse(Acc(p_.scale) * den[t]);
   }
 
-  // ---- one token, rows of more vectors than there are sums ----
+  // ---- one token, whole rows, in the order of the memory ----
   // Pieces of rows would be fetched and stored at half the rate of whole ones. So a few rows give
   // their part of the sums, o = q (a S) + (q . k) v, and are then written one after the other.
+  // Under the delta rule all rows give theirs first, k (a S) and q (a S).
   static constexpr bool kWide = T::kDv % W == 0;
   static constexpr int kTogether = 2;  // rows: 4 KB at 512 columns
+  // Under a normalizer z is the last column: v is 1 there, and goes on as in the next row.
+  static constexpr int kValues = kRow + (kNormalizer ? W : 0);
 
-  __attribute__((noinline)) void wide_rows(const LinearAt& where, const Acc* initial,
-                                           Acc* final_state) const {
-    alignas(64) static constexpr Acc kZeros[T::kDv]{};
+  __attribute__((noinline)) void whole_rows(const LinearAt& where, const Acc* initial,
+                                            Acc* final_state) {
+    alignas(64) static constexpr Acc kZeros[kRow]{};
+    alignas(64) Acc v[kValues], qs[kPitch], ks[kPitch];
     const int width = last_ - first_;
-    Acc *v = at(kAt.v_stage), *sums = at(kAt.sums);
+    const bool all = width == T::kDv;
+    Acc* sums = at(kAt.sums);
     const auto values = in_.v(where, first_, width, v, width);
-    V both{};
-    for (int d = 0; d < kPitch; d += W) {
-      both += load_vector<V>(q(0) + d) * load_vector<V>(k(0) + d);
-    }
-    const Acc product = hsum(both);
-    for (int j = 0; j < width; j += W) {
-      const V x = load_lanes<Acc>(values(0) + j * values.col, values.col, W);
-      store_vector(v + j, x);
-      store_vector(sums + j, x * product);
-    }
+    const Acc product = decay_rows(qs, ks);
     const Acc* from = initial != nullptr ? initial + first_ : kZeros;
-    const int64_t pitch = initial != nullptr ? p_.state_stride[2] : 0;
-    int d = 0;
-    const auto rows = [&]<int kCount>() {
-      for (; d + kCount <= kD; d += kCount) {
-        const Acc* row = from + d * pitch;
-        Acc a[kCount], qs[kCount], ks[kCount];
-        for (int r = 0; r < kCount; ++r) {
-          a[r] = T::kDecay == DecayKind::kNone ? Acc(1) : decay(0, d + r);
-          qs[r] = a[r] * q(0)[d + r], ks[r] = k(0)[d + r];
-        }
-        for (int j = 0; j < width; j += W) {
-          V o = load_vector<V>(sums + j);
-#pragma GCC unroll 4
-          for (int r = 0; r < kCount; ++r) o += load_vector<V>(row + r * pitch + j) * qs[r];
-          store_vector(sums + j, o);
-        }
-        for (int r = 0; r < kCount && final_state != nullptr; ++r, row += pitch) {
-          Acc* to = final_state + (d + r) * kRow + first_;
-          for (int j = 0; j < width; j += W) {
-            __builtin_prefetch(row + kCount * pitch + j);
-            const V s = load_vector<V>(row + j) * a[r] + load_vector<V>(v + j) * ks[r];
-            if (stream_) {
-              stream_vector(to + j, s);
-            } else {
-              store_vector(to + j, s);
-            }
-          }
-        }
+    const int64_t pitch = initial != nullptr ? kRow : 0;
+    if constexpr (kDelta) Rows::gather(from, pitch, width, qs, ks, at(kAt.right), sums);
+    for (int j = 0; j < width; j += W) {
+      V x = load_lanes<Acc>(values(0) + j * values.col, values.col, W), o{};
+      if constexpr (kDelta) {
+        x = (x - load_vector<V>(at(kAt.right) + j)) * beta_[0];
+        o = load_vector<V>(sums + j);
+      }
+      store_vector(v + j, x);
+      store_vector(sums + j, o + x * product);
+    }
+    if constexpr (kNormalizer) {
+      v[width] = 1;
+      store_vector(v + width + 1, load_vector<V>(v));
+    }
+    const bool lines = kNormalizer && all && lines_;
+    int64_t done = 0;  // elements of the head that are written
+    Acc den = 0;
+    const auto write = [&](int d) __attribute__((always_inline)) {
+      const Acc* row = from + d * pitch;
+      Acc* to = final_state != nullptr ? final_state + first_ + d * kRow : nullptr;
+      if (kNormalizer && all) {
+        const Acc z = row[T::kDv] * decay(0, d) + k(0)[d];
+        den += q(0)[d] * z;
+        if (to != nullptr && !lines) to[T::kDv] = z;
+      }
+      if (to == nullptr) return;
+      if (lines) {
+        const int after = d + 1 < kD ? d + 1 : d;
+        done = Rows::write_lines(d, done, initial, v, decay(0, d), k(0)[d], decay(0, after),
+                                 k(0)[after], final_state);
+      } else {
+        Rows::write(row, width, v, decay(0, d), k(0)[d], stream_, to);
       }
     };
-    rows.template operator()<kTogether>();
-    rows.template operator()<1>();
+    if constexpr (kDelta) {
+      for (int d = 0; d < kD; ++d) write(d);
+    } else if (kInRegisters && all) {
+      V o[kInRegisters ? T::kDv / W : 1];
+      constexpr int N = sizeof(o) / sizeof(V);
+#pragma GCC unroll 16
+      for (int i = 0; i < N; ++i) o[i] = load_vector<V>(sums + i * W);
+      for (int d = 0; d < kD; ++d) {
+        const Acc* row = from + d * pitch;
+#pragma GCC unroll 16
+        for (int i = 0; i < N; ++i) {
+          __builtin_prefetch(row + kTogether * pitch + i * W);
+          o[i] += load_vector<V>(row + i * W) * qs[d];
+        }
+        write(d);
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < N; ++i) store_vector(sums + i * W, o[i]);
+    } else {
+      int d = 0;
+      for (; d + kTogether <= kD; d += kTogether) {
+        Rows::template add<kTogether>(from + d * pitch, pitch, width, qs + d, sums);
+        for (int r = 0; r < kTogether; ++r) write(d + r);
+      }
+      for (; d < kD; ++d) {
+        Rows::template add<1>(from + d * pitch, pitch, width, qs + d, sums);
+        write(d);
+      }
+    }
     for (int j = 0; j < width; j += W) {
       store_vector(sums + j, load_vector<V>(sums + j) * Acc(p_.scale));
     }
+    if (kNormalizer && all) inverse_[0] = normalizer_inverse(Acc(p_.scale) * den);
     finish_rows<Plan, Fn>(in_, where, first_, width, sums, width, kNormalizer ? inverse_ : nullptr);
+  }
+  // Sums of a row under a normalizer. Without one such rows are a group (below).
+  static constexpr bool kInRegisters = kNormalizer && kWide && T::kDv / W <= kSums;
+
+  // The token's q and k, each channel times its decay. Returns q . k.
+  Acc decay_rows(Acc* qs, Acc* ks) const {
+    V both{};
+    for (int d = 0; d < kPitch; d += W) {
+      const V x = load_vector<V>(q(0) + d), y = load_vector<V>(k(0) + d);
+      const V a = T::kChannel ? load_vector<V>(at(kAt.a) + d) : V{} + decay(0, 0);
+      store_vector(qs + d, x * a);
+      store_vector(ks + d, y * a);
+      both += x * y;
+    }
+    return hsum(both);
   }
 
   // ---- some columns of all rows, kCount vectors; kCount = 0: one, in part ----

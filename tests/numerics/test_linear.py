@@ -97,6 +97,36 @@ def test_steps_are_the_whole(name: str) -> None:
     close(state, final, p.q.dtype)
 
 
+@pytest.mark.parametrize("kind, delta", [("scalar", False), ("channel", True)])
+def test_a_step_whose_states_go_past_the_caches(kind: str, delta: bool) -> None:
+    """Rows of 33 or 49 columns under a normalizer, stored as lines: at 16 MB of states or more."""
+    B, H, D, Dv = (1, 4096, 32, 32) if not delta else (2, 1500, 32, 48)
+    g = torch.Generator().manual_seed(H)
+    q, k = (torch.rand(B, H, 1, D, generator=g) for _ in range(2))
+    v = torch.randn(B, H, 1, Dv, generator=g)
+    decay = -torch.rand(B, H, 1, *((D,) if kind == "channel" else ()), generator=g)
+    decay[:, 7] = -torch.inf
+    x = {"q": q, "k": k / D, "v": v, "decay": decay}
+    if delta:
+        x["beta"] = torch.rand(B, H, 1, generator=g)
+    spec = ae.LinearAttentionSpec(normalizer="sum")
+    before = torch.rand(B, H, D, Dv + 1, generator=g)
+    assert before.nbytes >= 16 << 20
+    few = {n: t[:, 5:9] for n, t in x.items()}
+    for state in (before, None):
+        some = None if state is None else state[:, 5:9]
+        out, after = ae.linear_attention_step(spec=spec, state=state, **x)
+        want, final = ae.reference(
+            spec=spec, initial_state=state, output_final_state=True, **x, dtype=torch.float64
+        )
+        close(out, want, torch.float32)
+        close(after, final, torch.float32)
+        close(after[..., Dv], final[..., Dv], torch.float32)
+        part, last = ae.linear_attention_step(spec=spec, state=some, **few)  # stays in the caches
+        assert torch.equal(bits(out[:, 5:9]), bits(part))
+        assert torch.equal(bits(after[:, 5:9]), bits(last))
+
+
 @pytest.mark.parametrize("name", CORES)
 @pytest.mark.parametrize("at", [1, 16, 50, 64])
 def test_a_state_that_is_carried_over(name: str, at: int) -> None:
