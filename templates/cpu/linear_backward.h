@@ -88,14 +88,15 @@ class LinearBackward {
     char* memory = base_ + 2 * cut_.sums_bytes(p_) + worker * cut_.worker_bytes();
     Scratch& x = *reinterpret_cast<Scratch*>(memory);
     memory += sizeof(Scratch);
+    const int64_t chunks = (task.end - task.begin + C - 1) / C;
     const auto head = [&](int64_t j) {
       Head found = cut_.head(memory + j * cut_.head_bytes());
       found.initial = initial_state(task, task.first_head + j);
+      if (p_.dfinal == nullptr) found.last = chunks - 1;
       return found;
     };
     const Keys keys(io_, x);
     const Step step(io_, x, keys, A(p_.scale));
-    const int64_t chunks = (task.end - task.begin + C - 1) / C;
     const auto at = [&](int64_t c, int64_t j) {
       const int64_t t = task.begin + c * C, left = task.end - t;
       return LinearAt{task.b, task.hk, task.first_head + j, t, int(left < C ? left : C)};
@@ -104,7 +105,7 @@ class LinearBackward {
     for (int64_t j = 0; j < task.heads; ++j) load_state(head(j), head(j).initial, A(1));
     for (int64_t c = 0; c < chunks; ++c) {
       const bool last = c + 1 == chunks;
-      if (!last || X::kDelta) keys.load_keys(at(c, 0));
+      if (!last || X::kDelta) keys.load_keys(at(c, 0), at(last ? c : c + 1, 0));
       for (int64_t j = 0; j < task.heads; ++j) {
         step.forward(at(c, j), j + 1 < task.heads ? at(c, j + 1) : at(last ? c : c + 1, 0), head(j),
                      c, last);
@@ -112,17 +113,16 @@ class LinearBackward {
     }
     for (int64_t j = 0; j < task.heads; ++j) final_adjoint(task, task.first_head + j, head(j));
     for (int64_t c = chunks - 1; c >= 0; --c) {
-      const LinearAt here = at(c, 0);
-      keys.load_keys(here);
-      keys.load_queries(here);
+      const LinearAt here = at(c, 0), before = at(c > 0 ? c - 1 : c, 0);
+      keys.load_keys(here, before);
+      keys.load_queries(here, before);
       for (int64_t j = 0; j < task.heads; ++j) {
-        step.backward(at(c, j), j + 1 < task.heads ? at(c, j + 1) : at(c > 0 ? c - 1 : c, 0),
-                      head(j), c);
+        step.backward(at(c, j), j + 1 < task.heads ? at(c, j + 1) : before, head(j), c);
       }
       keys.finish(here);
       if (cut_.blocks == 1) {
-        io_.store_q(here, x.dq);
-        io_.store_k(here, x.dk);
+        io_.store_q(here, before, x.dq);
+        io_.store_k(here, before, x.dk);
       } else {
         keep_sums(here, x.dq, sums(0, task.block, here));
         keep_sums(here, x.dk, sums(1, task.block, here));
@@ -186,7 +186,7 @@ class LinearBackward {
           store_vector(sum + i, load_vector<V>(sum + i) + load_vector<V>(more + i));
         }
       }
-      which == 0 ? io_.store_q(at, sum) : io_.store_k(at, sum);
+      which == 0 ? io_.store_q(at, at, sum) : io_.store_k(at, at, sum);
     }
   }
 

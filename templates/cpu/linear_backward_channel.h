@@ -36,9 +36,9 @@ class LinearBackwardChannel {
   void begin() const { x_.gates.set_ones(); }
 
   // ---- of the key head ----
-  void load_keys(const LinearAt& at) const { io_.load_k(at, x_.k); }
-  void load_queries(const LinearAt& at) const {
-    io_.load_q(at, x_.q);
+  void load_keys(const LinearAt& at, const LinearAt& next) const { io_.load_k(at, next, x_.k); }
+  void load_queries(const LinearAt& at, const LinearAt& next) const {
+    io_.load_q(at, next, x_.q);
     Tile::clear(x_.dq, C * kDp);
     Tile::clear(x_.dk, C * kDp);
   }
@@ -141,14 +141,14 @@ class LinearBackwardChannel {
     }
   }
 
-  void gradients(const LinearAt& at, const Head& head, int64_t c, const M* u_nat) const {
+  void gradients(const LinearAt& at, const Head& head, int64_t c) const {
     const int n = at.n;
     complete_scores(n);
     if constexpr (!kNormalizer) transpose_tile(x_.tile, kDp, x_.x_t, C, kDp, C);
     if constexpr (kDelta) transpose_tile(x_.tile2, kDp, x_.y_t, C, kDp, C);
     states_dot(head, c);
     from_state(n);
-    Tile::template times<C, GemmMode::kOverwrite>(D, X::kDv, u_nat, kVp, x_.v_col, C, x_.x_t, C);
+    Tile::adjoint_times(head, c, x_.v_col, x_.state_nat, x_.x_t);
     transpose_tile(x_.e, kDp, x_.x_t, C, kDp, C);
     if constexpr (kNormalizer) {
       for (int t = 0; t < n; ++t) {

@@ -114,15 +114,14 @@ class LinearBackwardStep {
     const M* dout_nat = Tile::natural(dout_tile(), x_.dout_nat, C * kVp);
     Tile::template by_column<kVWidth>(dout_nat, kVp, x_.dout_col);
     Tile::lower_scores(n, X::kDv, dout_nat, kVp, x_.v_col, x_.dm);
-    through(head.state_of(c), x_.dout_col, x_.x_t);
+    through(head, c, x_.dout_col, x_.x_t);
     if constexpr (kNormalizer) denominator_gradients(n, head.z_of(c));
 
-    written_gradients(n, head);
+    written_gradients(n, head, c);
     if constexpr (kDelta) delta_gradients(at, head, c);
-    io_.store_v(at, x_.dv);
+    io_.store_v(at, next, x_.dv);
 
-    const M* u_nat = Tile::natural(head.state, x_.state_nat, int64_t(D) * kVp);
-    keys_.gradients(at, head, c, u_nat);
+    keys_.gradients(at, head, c);
     move_adjoint(n, head);
   }
 
@@ -135,8 +134,9 @@ class LinearBackwardStep {
   }
 
   // Tokens' rows of dO or dv, by column, times the kept state S^T: transposed, [D][C].
-  void through(const M* state, const M* col, A* out) const {
-    Tile::template times<C, GemmMode::kOverwrite>(D, X::kDv, state, kVp, col, C, out, C);
+  void through(const Head& head, int64_t c, const M* col, A* out) const {
+    if (head.starts_empty(c)) return Tile::clear(out, int64_t(D) * C);
+    Tile::template times<C, GemmMode::kOverwrite>(D, X::kDv, head.state_of(c), kVp, col, C, out, C);
   }
 
   // ---- delta rule ----
@@ -204,7 +204,7 @@ class LinearBackwardStep {
     Tile::clear(x_.dv + int64_t(n) * kVp, int64_t(C - n) * kVp);
     const M* dv_nat = Tile::natural(x_.dv, x_.v_nat, C * kVp);
     Tile::template by_column<kVWidth>(dv_nat, kVp, x_.dout_col);
-    through(head.state_of(c), x_.dout_col, x_.y_t);
+    through(head, c, x_.dout_col, x_.y_t);
   }
 
   // ---- normalizer ----
@@ -271,8 +271,12 @@ class LinearBackwardStep {
   }
 
   // dW into dv.
-  void written_gradients(int n, const Head& head) const {
-    keys_.keys_out_times(n, Tile::template by_row<kVp>(head.state, x_.state_row, D), x_.dv);
+  void written_gradients(int n, const Head& head, int64_t c) const {
+    if (head.ends_empty(c)) {
+      Tile::clear(x_.dv, int64_t(n) * kVp);
+    } else {
+      keys_.keys_out_times(n, Tile::template by_row<kVp>(head.state, x_.state_row, D), x_.dv);
+    }
     if (Tile::any_bad(dout_tile(), n, kVWidth, kVp)) {
       scale_rows(n, x_.gates.f, x_.dv);
       Tile::template lower_transposed_by_rows<kVp>(n, x_.m, kNormalizer ? x_.inverse_den : nullptr,

@@ -28,19 +28,19 @@ class LinearBackwardOperands {
   A scale() const { return scale_; }
 
   // ---- natural tiles, zero past n ----
-  void load_q(const LinearAt& at, A* dst) const {
-    load(dst, X::kDp, inputs_.raw_q(at), at, X::kD, at.hk,
+  // `next` is the chunk that will be loaded then: it is fetched meanwhile.
+  void load_q(const LinearAt& at, const LinearAt& next, A* dst) const {
+    load(dst, X::kDp, inputs_.raw_q(at), inputs_.raw_q(next).ahead(next.n, X::kD), at, X::kD, at.hk,
          [this](const HookAt& h, V x) { return Fn::q_mod(env_, h, x); });
   }
-  void load_k(const LinearAt& at, A* dst) const {
-    load(dst, X::kDp, inputs_.raw_k(at), at, X::kD, at.hk,
+  void load_k(const LinearAt& at, const LinearAt& next, A* dst) const {
+    load(dst, X::kDp, inputs_.raw_k(at), inputs_.raw_k(next).ahead(next.n, X::kD), at, X::kD, at.hk,
          [this](const HookAt& h, V x) { return Fn::k_mod(env_, h, x); });
   }
-  // `next` is the chunk that will be loaded then: it is fetched meanwhile.
   void load_v(const LinearAt& at, const LinearAt& next, VTile* dst) const {
     const auto rows = inputs_.raw_v(at, 0);
     if constexpr (Fn::kHasVMod) {
-      load(dst, X::kVp, rows, at, X::kDv, at.h,
+      load(dst, X::kVp, rows, {}, at, X::kDv, at.h,
            [this](const HookAt& h, V x) { return Fn::v_mod(env_, h, x); });
     } else {
       copy(dst, rows, at.n, inputs_.raw_v(next, 0).base - rows.base);
@@ -56,25 +56,25 @@ class LinearBackwardOperands {
     copy(dst, rows(at), at.n, rows(next).base - rows(at).base);
   }
 
-  // ---- results, times `scale` ----
-  void store_q(const LinearAt& at, const A* sum) const {
+  // ---- results, times `scale`; the lines of `next` are fetched ----
+  void store_q(const LinearAt& at, const LinearAt& next, const A* sum) const {
     store<Fn::kHasQMod, Fn::kQModFirst, Fn::kQModGrads>(
-        p_.dq, p_.Hk, at.hk, inputs_.raw_q(at), at, X::kD, sum, X::kDp,
+        p_.dq, p_.Hk, at.hk, inputs_.raw_q(at), at, next.t - at.t, X::kD, sum, X::kDp,
         [this](const HookAt& h, V x, V g, V* grads) {
           return Fn::q_mod_grad(env_, h, x, g, grads);
         });
   }
-  void store_k(const LinearAt& at, const A* sum) const {
+  void store_k(const LinearAt& at, const LinearAt& next, const A* sum) const {
     store<Fn::kHasKMod, Fn::kKModFirst, Fn::kKModGrads>(
-        p_.dk, p_.Hk, at.hk, inputs_.raw_k(at), at, X::kD, sum, X::kDp,
+        p_.dk, p_.Hk, at.hk, inputs_.raw_k(at), at, next.t - at.t, X::kD, sum, X::kDp,
         [this](const HookAt& h, V x, V g, V* grads) {
           return Fn::k_mod_grad(env_, h, x, g, grads);
         });
   }
-  void store_v(const LinearAt& at, const A* sum) const {
+  void store_v(const LinearAt& at, const LinearAt& next, const A* sum) const {
     store<Fn::kHasVMod, Fn::kVModFirst, Fn::kVModGrads>(
-        p_.dv, p_.H, at.h, inputs_.raw_v(at, 0), at, X::kDv, sum, X::kVp,
-        [this](const HookAt& h, V x, V g, V* grads) {
+        p_.dv, p_.H, at.h, inputs_.raw_v(at, 0), at, (next.h - at.h) * p_.L + next.t - at.t, X::kDv,
+        sum, X::kVp, [this](const HookAt& h, V x, V g, V* grads) {
           return Fn::v_mod_grad(env_, h, x, g, grads);
         });
   }
@@ -137,9 +137,15 @@ class LinearBackwardOperands {
   static constexpr int slots(int n) { return n > 0 ? n : 1; }
 
   template <class E, class Hook>
-  void load(A* dst, int pitch, const LinearRows<E>& src, const LinearAt& at, int width, int64_t h,
-            const Hook& hook) const {
-    stage_rows<A>(dst, pitch, src, at.n, width, {at.b, h, at.t, 0, 0}, hook);
+  void load(A* dst, int pitch, const LinearRows<E>& src, const LinearAhead& ahead,
+            const LinearAt& at, int width, int64_t h, const Hook& hook) const {
+    constexpr int kRows = 4;
+    for (int i = 0; i < at.n; i += kRows) {
+      ahead.fetch(i, kRows);
+      const int rows = at.n - i < kRows ? at.n - i : kRows;
+      stage_rows<A>(dst + int64_t(i) * pitch, pitch, LinearRows<E>{src(i), src.stride, src.col},
+                    rows, width, {at.b, h, at.t + i, 0, 0}, hook);
+    }
     LinearTile<Plan>::clear(dst + int64_t(at.n) * pitch, int64_t(C - at.n) * pitch);
   }
 
@@ -185,14 +191,16 @@ class LinearBackwardOperands {
 
   template <bool kHasMod, int kFirst, int kGrads, class Back>
   __attribute__((noinline)) void store(void* to, int64_t heads, int64_t h,
-                                       const LinearRows<Elem>& raw, const LinearAt& at, int width,
-                                       const A* sum, int pitch, const Back& back) const {
+                                       const LinearRows<Elem>& raw, const LinearAt& at,
+                                       int64_t ahead, int width, const A* sum, int pitch,
+                                       const Back& back) const {
     Elem* out = static_cast<Elem*>(to);
     if (out == nullptr && kGrads == 0) return;
     for (int i = 0; i < at.n; ++i) {
       const int64_t first = ((at.b * heads + h) * p_.L + at.t + i) * width;
       for (int d = 0; d < width; d += W) {
         const int count = width - d < W ? width - d : W;
+        if (out != nullptr) __builtin_prefetch(out + first + d + ahead * width, 1, 2);
         V g = load_vector<V>(sum + int64_t(i) * pitch + d) * scale_;
         if constexpr (kHasMod) {
           V grads[slots(kGrads)]{};

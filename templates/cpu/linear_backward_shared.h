@@ -24,16 +24,16 @@ class LinearBackwardShared {
   void begin() const { x_.gates.set_ones(); }
 
   // ---- of the key head ----
-  void load_keys(const LinearAt& at) const {
-    io_.load_k(at, x_.k);
+  void load_keys(const LinearAt& at, const LinearAt& next) const {
+    io_.load_k(at, next, x_.k);
     k_bad_ = Tile::any_bad(x_.k, at.n, kDp, kDp);
     const M* nat = Tile::natural(x_.k, x_.k_nat, C * kDp);
     Tile::template by_row<kDp>(x_.k, x_.k_row, C);
     Tile::template by_column<kDp>(nat, kDp, x_.k_col);
     if constexpr (X::kDelta) Tile::lower_scores(at.n, D, nat, kDp, x_.k_col, x_.kk);
   }
-  void load_queries(const LinearAt& at) const {
-    io_.load_q(at, x_.q);
+  void load_queries(const LinearAt& at, const LinearAt& next) const {
+    io_.load_q(at, next, x_.q);
     q_bad_ = Tile::any_bad(x_.q, at.n, kDp, kDp);
     const M* nat = Tile::natural(x_.q, x_.q_nat, C * kDp);
     Tile::template by_row<kDp>(x_.q, x_.q_row, C);
@@ -125,14 +125,14 @@ class LinearBackwardShared {
   }
 
   // Gradients of q, k and the decay. x_t: d(q e), y_t: minus d(k e), both transposed.
-  void gradients(const LinearAt& at, const Head& head, int64_t c, const M* u_nat) const {
+  void gradients(const LinearAt& at, const Head& head, int64_t c) const {
     const int n = at.n;
     spread<false>(x_.x_t, x_.q_t, x_.gates.e, nullptr, x_.dq_t, x_.left);
     if constexpr (X::kDelta) {
       spread<true>(x_.y_t, x_.k_t, x_.gates.e, nullptr, x_.dk_t, x_.right);
       for (int t = 0; t < n; ++t) x_.left[t] += x_.right[t];
     }
-    Tile::template times<C, GemmMode::kOverwrite>(D, X::kDv, u_nat, kVp, x_.v_col, C, x_.x_t, C);
+    Tile::adjoint_times(head, c, x_.v_col, x_.state_nat, x_.x_t);
     spread<false>(x_.x_t, x_.k_t, x_.gates.f, X::kNormalizer ? head.z : nullptr, x_.dk_t, x_.right);
     score_gradients(n);
     if constexpr (X::kScalar) {

@@ -101,18 +101,27 @@ struct LinearTile {
     transposed_times<X::kVWidth, kMode>(X::kD, n, rows, X::kDp, b, X::kVp, state, X::kVp, factor);
   }
 
+  // U times rows by column: transposed, [D][C].
+  static void adjoint_times(const LinearBackwardHead<Plan>& head, int64_t c, const M* col, M* room,
+                            A* out) {
+    if (head.ends_empty(c)) return clear(out, int64_t(X::kD) * C);
+    const M* u = natural(head.state, room, int64_t(X::kD) * X::kVp);
+    times<C, GemmMode::kOverwrite>(X::kD, X::kDv, u, X::kVp, col, C, out, C);
+  }
+
   // c[n][C] = a b for the columns that rows reach, up to the diagonal; what is above may be
   // anything.
   static void lower_scores(int n, int k, const M* a, int pitch, const M* b, A* c) {
-    constexpr int kHalf = C / 2;
-    int i = 0;
-    if constexpr (kHalf % W == 0 && kHalf >= kRowBlock) {
-      i = n < kHalf ? n : kHalf;
-      gemm<A, M, kHalf, GemmMode::kOverwrite>(i, steps(k), a, pitch, kPair, b, C, c, C);
-    }
-    if (i == n) return;
-    gemm<A, M, C, GemmMode::kOverwrite>(n - i, steps(k), a + int64_t(i) * pitch, pitch, kPair, b, C,
-                                        c + i * C, C);
+    const auto block = [&]<int kBlock>() {
+      constexpr int first = kBlock * kRowBlock, end = first + kRowBlock < C ? first + kRowBlock : C;
+      if (first >= n) return;
+      gemm<A, M, end, GemmMode::kOverwrite>(n < end ? n - first : end - first, steps(k),
+                                            a + int64_t(first) * pitch, pitch, kPair, b, C,
+                                            c + int64_t(first) * C, C);
+    };
+    [&]<int... I>(std::integer_sequence<int, I...>) {
+      (block.template operator()<I>(), ...);
+    }(std::make_integer_sequence<int, (C + kRowBlock - 1) / kRowBlock>());
   }
   // c[n x N] += L b for a natural lower triangle L.
   template <int N>

@@ -143,6 +143,11 @@ struct LinearBackwardHead {
   char* kept;  // of every chunk: the state before it, z, W and r
   int64_t pitch, z_at, written_at, residual_at;
   LinearRows<A> initial{};  // the state before chunk 0 as it was given; base null: zeros
+  int64_t last = -1;        // the last chunk, if the final state has no gradient
+
+  // Whether the state before chunk c, or U behind it, is zero: nothing is multiplied then.
+  bool starts_empty(int64_t c) const { return c == 0 && initial.base == nullptr; }
+  bool ends_empty(int64_t c) const { return c == last; }
 
   M* state_of(int64_t c) const { return reinterpret_cast<M*>(kept + c * pitch); }
   A* z_of(int64_t c) const { return reinterpret_cast<A*>(kept + c * pitch + z_at); }
