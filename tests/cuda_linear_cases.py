@@ -3,7 +3,8 @@
 ``COVER`` is what CI runs: every kind of decay, both dtypes, hooks, the delta rule and the
 normalizer. ``FULL`` has more head dims, up to the largest. Shapes are lengths around those of
 chunks (64 tokens) and steps (8), packed sequences of which some are empty, and so many sequences
-that the state pass takes its large tiles.
+that the state pass takes its large tiles. CI runs every length of a step and more ragged ends on
+both kinds of decay, the full matrix on every kernel.
 
     python -m tests.simulated --linear [--full]
 """
@@ -50,6 +51,11 @@ CHUNKS = (
     Shape("packed", lengths=(0, 65, 0, 1, 70, 0)),
     Shape("steps", lengths=(0, 1, 0, 5, 2), heads=(2, 4)),
 )
+RAGGED = (
+    *(Shape(str(L), L, B=1 + L % 2, heads=(1, 1 + L % 3)) for L in range(2, 9)),
+    Shape("15", 15),
+    Shape("130", 130, heads=(2, 2)),
+)
 CROWDED = Shape("crowd", lengths=(0, 70, 2) + (0,) * (CROWD - 4) + (1,), heads=(1, 1))
 
 
@@ -62,7 +68,11 @@ class LinearCase:
     def shapes(self) -> tuple[Shape, ...]:
         f = self.family
         plain = f.hooks == "none" and f.D == 64 and not f.beta
-        return (*CHUNKS, CROWDED) if plain else CHUNKS
+        return (*CHUNKS, *RAGGED, CROWDED) if plain else CHUNKS
+
+    @property
+    def all_shapes(self) -> tuple[Shape, ...]:
+        return tuple(dict.fromkeys((*self.shapes, *RAGGED)))
 
 
 def _case(

@@ -24,16 +24,18 @@ class LinearStates : public LinearPass<Plan, Fn> {
   static constexpr int kColumns = kBv / kColumnWarps;  // of a warp
   static constexpr int kSums = kColumns / 4;           // of a row and thread
   static constexpr int kTilesK = (Plan::kD + kBk - 1) / kBk, kTilesV = (Plan::kDv + kBv - 1) / kBv;
-  static constexpr int kParts = Pass::kThreads / kBk;  // of a chunk, each with a thread per channel
-  static constexpr int kPart = kLinearChunk / kParts;
+  // Channel decays are summed in parts of a chunk, the same in tiles of any size, for the same
+  // bits.
+  static constexpr int kPart = 16, kParts = kLinearChunk / kPart;
+  static constexpr int kOwn = kParts * kBk / Pass::kThreads;  // of a thread, of one channel
   static_assert(kRowWarps >= 1 && kWarps % kRowWarps == 0 && kColumns % 16 == 0);
 
  public:
   static constexpr int kBytes = 2 * (KTile::kBytes + VTile::kBytes);
   struct Small {
-    float weights[kWarps][kLinearChunk];     // scalar decay: each warp its own
-    float sums[kChannel ? kParts : 1][kBk];  // channel decay: of the parts of the chunk
-    float keep[kBk];                         // and what is left of each row of S
+    float weights[kChannel ? 1 : kWarps][kLinearChunk];  // each warp its own
+    float sums[kChannel ? kParts : 1][kBk];              // of the parts of the chunk
+    float keep[kBk];                                     // and what is left of each row of S
   };
 
   __device__ __forceinline__ LinearStates(const typename Pass::Params& params, char* shared,
@@ -123,30 +125,40 @@ class LinearStates : public LinearPass<Plan, Fn> {
 
   // Each thread has a channel of some of the tokens, and weighs K in place.
   __device__ __forceinline__ void weigh_channels(const LinearSequence& own, int c) {
-    const int channel = int(threadIdx.x) % kBk, part = int(threadIdx.x) / kBk;
+    const int channel = int(threadIdx.x) % kBk, first_part = int(threadIdx.x) / kBk * kOwn;
     const int64_t first = own.first + int64_t(c) * kLinearChunk;
     const int count = own.count(c), d = row_ + channel;
     char* k = k_tile(c);
-    float g[kPart], sum = 0;
+    float g[kOwn][kPart];
 #pragma unroll
-    for (int i = 0; i < kPart; ++i) {
-      const int t = part * kPart + i;
-      g[i] = t < count && d < Plan::kD ? log2_decay<Plan, Fn>(env_, p_, own.b, h_, first + t, d)
-                                       : 0.0f;
-      sum += g[i];
+    for (int o = 0; o < kOwn; ++o) {
+      float sum = 0;
+#pragma unroll
+      for (int i = 0; i < kPart; ++i) {
+        const int t = (first_part + o) * kPart + i;
+        g[o][i] = t < count && d < Plan::kD
+                      ? log2_decay<Plan, Fn>(env_, p_, own.b, h_, first + t, d)
+                      : 0.0f;
+        sum += g[o][i];
+      }
+      small_.sums[first_part + o][channel] = sum;
     }
-    small_.sums[part][channel] = sum;
     __syncthreads();
-    float after = 0;
-    for (int i = part + 1; i < kParts; ++i) after += small_.sums[i][channel];
 #pragma unroll
-    for (int i = kPart - 1; i >= 0; --i) {
-      uint16_t& x = *reinterpret_cast<uint16_t*>(
-          k + KTile::at(part * kPart + i, channel / kChunkElements) + channel % kChunkElements * 2);
-      x = narrow<Elem>(widen<Elem>(x) * ex2(after));
-      after += g[i];
+    for (int o = 0; o < kOwn; ++o) {
+      const int part = first_part + o;
+      float after = 0;
+      for (int i = part + 1; i < kParts; ++i) after += small_.sums[i][channel];
+#pragma unroll
+      for (int i = kPart - 1; i >= 0; --i) {
+        uint16_t& x =
+            *reinterpret_cast<uint16_t*>(k + KTile::at(part * kPart + i, channel / kChunkElements) +
+                                         channel % kChunkElements * 2);
+        x = narrow<Elem>(widen<Elem>(x) * ex2(after));
+        after += g[o][i];
+      }
+      if (part == 0) small_.keep[channel] = ex2(after);
     }
-    if (part == 0) small_.keep[channel] = ex2(after);
     __syncthreads();
   }
 

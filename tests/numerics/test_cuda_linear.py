@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attnengine as ae
 from attnengine import gate, library
@@ -197,6 +198,17 @@ def test_without_a_final_state(case: LinearCase, L: int) -> None:
 
 
 @pytest.mark.compiles
+@pytest.mark.parametrize("case", [SCALAR, CHANNEL], ids=lambda case: case.id)
+def test_tiles_of_both_sizes_give_the_same_bits(case: LinearCase) -> None:
+    """Beside many empty sequences the state pass takes its large tiles, alone its small ones."""
+    p = plain(150, case)
+    crowd = replace(p, cu_seqlens=torch.tensor([0] + [150] * (cases.CROWD // 2)))
+    (out, state), (many, states) = cases.run(p), cases.run(crowd)
+    assert torch.equal(out, many) and torch.equal(state[0], states[0])
+    assert not states[1:].any()
+
+
+@pytest.mark.compiles
 def test_large_fp16_states() -> None:
     """Sums that fp16 cannot hold: states are scaled where they become operands."""
     p = plain(130, CHANNEL, initial_state=1e6 * torch.rand(1, 2, 64, 64))
@@ -294,3 +306,25 @@ def test_gradients_are_refused() -> None:
     handle = cases.handle_of(plain(4))
     with pytest.raises(NotImplementedError, match=r"no gradient.*no_grad"):
         handle.program.backward()
+
+
+@pytest.mark.compiles
+def test_cuda_tensors_without_a_gpu() -> None:
+    p = plain(70)
+    handle = cases.handle_of(p)
+    with FakeTensorMode():
+        q, k, v, g = (
+            torch.empty(x.shape, dtype=x.dtype, device="cuda:0")
+            for x in (p.q, p.k, p.v, p.decay)
+            if x is not None
+        )
+        out, state = handle.run(q, k, v, g, None, None, None, True)
+        assert out.shape == v.shape and state is not None and state.shape == (1, 2, 64, 64)
+        assert out.device == state.device == q.device
+        assert (out.dtype, state.dtype) == (BF16, torch.float32)
+        with pytest.raises(NotImplementedError, match=r"q is torch.float32 on cuda:0.*\.half\(\)"):
+            ae.linear_attention(q.float(), k.float(), v.float(), decay=g)
+        with pytest.raises(NotImplementedError, match=r"no gradient.*no_grad"):
+            handle.run(q, k, v.requires_grad_(), g, None, None, None, True)
+    with pytest.raises(ValueError, match=r"not of the kind.*sm_80.*attnengine.compile again"):
+        handle(p.q, p.k, p.v, decay=p.decay)
