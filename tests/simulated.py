@@ -5,7 +5,8 @@
 
 prints one line per kernel. --full runs linear attention's, too; --linear those alone
 (tests/cuda_linear_cases.py). --counters adds what its launch on the first shape did. --record
-writes bench/results/simulated.json and the table of docs/status.md, which tests compare with it.
+writes bench/results/simulated.json, simulated-linear.json and the tables of docs/status.md, which
+tests compare with them; of kernels that were not run they stay.
 Exit status 1 if any kernel fails. ``make test-full`` runs the full matrix and records it.
 """
 
@@ -31,9 +32,8 @@ from tests.cuda_cases import Case, Problem, Shape
 TARGET = "sm_80"
 SEEDS = 3
 ROOT = Path(__file__).resolve().parent.parent
-RECORD = ROOT / "bench" / "results" / "simulated.json"
 STATUS = ROOT / "docs" / "status.md"
-BEGIN, END = "<!-- simulated:begin -->", "<!-- simulated:end -->"
+RECORDS = ("simulated", "simulated-linear")  # files, and what marks their tables
 
 
 def compiled(problem: Problem) -> Any:
@@ -133,7 +133,7 @@ def run_linear(case: cuda_linear_cases.LinearCase, seeds: Sequence[int]) -> Outc
     outcome, started = Outcome(case.id), time.monotonic()
     try:
         ptxsim.install()
-        for shape in case.shapes:
+        for shape in case.all_shapes:
             cuda_linear_cases.check(case, shape, seeds)
             outcome.shapes += 1
         handle = cuda_linear_cases.handle_of(cuda_linear_cases.expectation(case, shape, 1).problem)
@@ -142,6 +142,8 @@ def run_linear(case: cuda_linear_cases.LinearCase, seeds: Sequence[int]) -> Outc
         outcome.registers, outcome.spill_bytes = module.registers, module.spill_bytes
         if outcome.spill_bytes:
             raise RuntimeError(f"{outcome.spill_bytes} bytes of registers are spilled")
+        if stack := [n for n, e in module.manifest["entries"].items() if e["stack_bytes"]]:
+            raise RuntimeError(f"{', '.join(stack)}: local memory is used")
     except Exception as error:  # one kernel's failure must not hide the others'
         outcome.error = f"{type(error).__name__}: {error}"
     outcome.seconds = time.monotonic() - started
@@ -173,25 +175,36 @@ def summary(counters: dict[str, Any]) -> str:
     )
 
 
-def recorded() -> list[Outcome]:
-    """What the last recorded run of the full matrix found."""
-    return [Outcome(**entry) for entry in json.loads(RECORD.read_text())]
+def record_path(name: str) -> Path:
+    return ROOT / "bench" / "results" / f"{name}.json"
 
 
-def record(outcomes: Sequence[Outcome], seeds: Sequence[int]) -> None:
-    """Writes the results and the table of docs/status.md."""
-    RECORD.write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
-    text = STATUS.read_text()
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
+def recorded(name: str = RECORDS[0]) -> list[Outcome]:
+    """What the last recorded run of a full matrix found."""
+    return [Outcome(**entry) for entry in json.loads(record_path(name).read_text())]
+
+
+def marked(name: str, text: str) -> tuple[str, str, str]:
+    """A text before a record's table, the table, and what follows it, without their marks."""
+    before, rest = text.split(f"<!-- {name}:begin -->\n")
+    lines, after = rest.split(f"<!-- {name}:end -->")
+    return before, lines, after
+
+
+def record(name: str, outcomes: Sequence[Outcome], seeds: Sequence[int]) -> None:
+    """Writes the results and their table in docs/status.md."""
+    record_path(name).write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
+    before, _, after = marked(name, STATUS.read_text())
     passed = sum(not o.error for o in outcomes)
     lines = [
+        f"<!-- {name}:begin -->",
         f"{passed} of {len(outcomes)} kernels passed every shape with {len(seeds)} orders of "
         "execution each.",
         "",
         *table(outcomes),
+        f"<!-- {name}:end -->",
     ]
-    STATUS.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + after)
+    STATUS.write_text(before + "\n".join(lines) + after)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -235,8 +248,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             line = f"{outcome.id:44s} {outcome.tile:28s} {outcome.seconds:6.1f} s  {state}"
             print(line, flush=True)
             others.append(outcome)
-    if options.record:
-        record(outcomes, seeds)
+    for name, found in zip(RECORDS, (outcomes, others), strict=True):
+        if options.record and found:
+            record(name, found, seeds)
     failed = sum(bool(o.error) for o in (*outcomes, *others))
     print(f"{len(outcomes) + len(others) - failed} passed, {failed} failed")
     return int(failed > 0)
