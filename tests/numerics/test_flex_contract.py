@@ -1,7 +1,7 @@
 """flex_attention against torch's own: the same answers, the same refusals, and a CPU backward.
 
-Truth is torch's eager ``flex_attention`` where it computes the same thing, and the dense formula
-from the block lists where eager torch ignores them (its compiled kernels obey them, as ours do).
+Truth is torch's eager ``flex_attention`` where it computes the same thing; what differs on block
+masks is in test_flex_block_masks.py.
 """
 
 from __future__ import annotations
@@ -14,88 +14,26 @@ from typing import Any
 
 import pytest
 import torch
+from flex_calls import (
+    PER_BATCH_AND_HEAD,
+    SLOPES,
+    D,
+    alibi,
+    causal,
+    dense_attention,
+    masked,
+    near,
+    operands,
+)
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
 import attnengine as ae
-from attnengine.blockmask import as_mask_mod
 
 pytestmark = [
     pytest.mark.compiles,
     pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
 ]
-D, BLOCK = 8, 32
-SLOPES = torch.tensor([0.5, -0.25, 0.125, 1.0])
-
-
-def operands(
-    B: int = 2,
-    Hq: int = 4,
-    Hkv: int = 4,
-    L: int = 70,
-    S: int = 70,
-    dtype: torch.dtype = torch.float32,
-    grad: bool = False,
-    seed: int = 0,
-    Bkv: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    q = torch.randn(B, Hq, L, D, generator=g).to(dtype)
-    k = torch.randn(Bkv or B, Hkv, S, D, generator=g).to(dtype)
-    v = torch.randn(Bkv or B, Hkv, S, D, generator=g).to(dtype)
-    return tuple(x.requires_grad_(grad) for x in (q, k, v))  # type: ignore[return-value]
-
-
-def causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-    return q_idx >= kv_idx
-
-
-def alibi(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-    return score + SLOPES[h] * (kv_idx - q_idx)
-
-
-def masked(mask: Callable, L: int = 70, S: int = 70, **kwargs: Any) -> Any:
-    sizes = {"B": None, "H": None, "BLOCK_SIZE": BLOCK} | kwargs
-    return flex.create_block_mask(mask, Q_LEN=L, KV_LEN=S, device="cpu", **sizes)
-
-
-def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, live: Tensor, score_mod: Callable | None = None
-) -> tuple[Tensor, Tensor]:
-    """(out, lse) of live pairs [B|1, H|1, L, S]; rows without any give 0 and -inf."""
-    group = q.shape[1] // k.shape[1]
-    k, v = (x.expand(q.shape[0], *x.shape[1:]).repeat_interleave(group, 1) for x in (k, v))
-    s = q.double() @ k.double().mT / math.sqrt(q.shape[3])
-    if score_mod is not None:
-        b, h, i, j = torch.meshgrid(*[torch.arange(n) for n in s.shape], indexing="ij")
-        s = score_mod(s, b, h, i, j)
-    s = s.masked_fill(~live, -math.inf)
-    lse = s.logsumexp(-1)
-    w = torch.exp(s - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
-    return w @ v.double(), lse
-
-
-def from_lists(mask: Any, B: int = 1, H: int = 1) -> Tensor:
-    """Live pairs as compiled kernels see them: full blocks, and partial ones under mask_mod."""
-    L, S = mask.seq_lengths
-    live = torch.zeros(B, H, L, S, dtype=torch.bool)
-    inner = flex.create_mask(mask.mask_mod, B, H, L, S, device="cpu")
-    qb, kb = mask.BLOCK_SIZE
-    lists = [(mask.kv_num_blocks, mask.kv_indices, inner)]
-    if mask.full_kv_num_blocks is not None:
-        everything = torch.ones_like(inner)
-        lists.append((mask.full_kv_num_blocks, mask.full_kv_indices, everything))
-    for counts, indices, allowed in lists:
-        counts, indices = (x.expand(B, H, *x.shape[2:]) for x in (counts, indices))
-        for b, h, r in torch.cartesian_prod(*[torch.arange(n) for n in counts.shape]).tolist():
-            for c in indices[b, h, r, : int(counts[b, h, r])].tolist():
-                block = (b, h, slice(r * qb, (r + 1) * qb), slice(c * kb, (c + 1) * kb))
-                live[block] |= allowed[block]
-    return live
-
-
-def near(got: Tensor, want: Tensor, tol: float = 2e-5) -> None:
-    torch.testing.assert_close(got.double(), want.double(), rtol=tol, atol=tol)
 
 
 # -- forms of the callables ------------------------------------------------------------------------
@@ -183,164 +121,6 @@ def test_poison_at_masked_pairs_reaches_nothing() -> None:
     grads = [torch.autograd.grad(o.square().sum(), (q, k, v)) for o in (out, clean)]
     for a, b in zip(*grads, strict=True):
         near(a, b, 1e-4)
-
-
-# -- block masks -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("separate", [True, False])
-def test_block_mask_of_create_block_mask(separate: bool) -> None:
-    mask = masked(causal, separate_full_blocks=separate)
-    assert (mask.full_kv_num_blocks is not None) == separate
-    q, k, v = operands()
-    near(ae.flex_attention(q, k, v, block_mask=mask), flex.flex_attention(q, k, v, block_mask=mask))
-
-
-@pytest.mark.parametrize(("L", "S"), [(1, 130), (130, 40), (33, 1)])
-def test_ragged_lengths(L: int, S: int) -> None:
-    mask = masked(causal, L, S)
-    q, k, v = operands(B=1, Hq=2, Hkv=2, L=L, S=S)
-    near(ae.flex_attention(q, k, v, block_mask=mask), flex.flex_attention(q, k, v, block_mask=mask))
-
-
-IDS = torch.arange(2 * 70).view(2, 70) // 23
-PER_BATCH_AND_HEAD = flex.or_masks(
-    flex.and_masks(lambda b, h, q, k: IDS[b, q] == IDS[b, k], causal),
-    lambda b, h, q, k: q - k == h,
-)
-
-
-def test_masks_per_batch_and_head() -> None:
-    q, k, v = operands()
-    for separate in (True, False):
-        mask = masked(PER_BATCH_AND_HEAD, B=2, H=4, separate_full_blocks=separate)
-        want = flex.flex_attention(q, k, v, block_mask=mask)
-        near(ae.flex_attention(q, k, v, block_mask=mask), want)
-
-
-@pytest.mark.parametrize("sizes", [{"B": 2, "H": 4}, {"H": 4}, {"B": 2}, {}])
-def test_mask_broadcast_over_batch_and_heads(sizes: dict[str, int]) -> None:
-    """The function that stands for a mask, pair by pair; the kernel reads nothing else."""
-    mask = masked(PER_BATCH_AND_HEAD, **sizes)
-    q, k, _ = operands()
-    mod = as_mask_mod(mask, q, k)
-    assert mod is not None
-    got = mod(*torch.meshgrid(*[torch.arange(n) for n in (2, 4, 70, 70)], indexing="ij"))
-    assert torch.equal(got, from_lists(mask, 2, 4))
-    near(
-        ae.flex_attention(q, k, q, block_mask=masked(causal)),
-        flex.flex_attention(q, k, q, block_mask=masked(causal)),
-    )
-
-
-def lists(counts: list[int], indices: list[list[int]]) -> tuple[Tensor, Tensor]:
-    return (
-        torch.tensor(counts, dtype=torch.int32)[None, None],
-        torch.tensor(indices, dtype=torch.int32)[None, None],
-    )
-
-
-def built(
-    partial: tuple[list[int], list[list[int]]],
-    full: tuple[list[int], list[list[int]]] | None,
-    mask_mod: Callable | None,
-    lengths: tuple[int, int] = (70, 70),
-) -> Any:
-    return flex.BlockMask.from_kv_blocks(
-        *lists(*partial),
-        *(lists(*full) if full else (None, None)),
-        BLOCK_SIZE=BLOCK,
-        mask_mod=mask_mod,
-        seq_lengths=lengths,
-        compute_q_blocks=False,
-    )
-
-
-# Entries past the count are undefined; here they name blocks that must stay dead.
-LISTED: dict[str, tuple[Any, Any, Callable | None]] = {
-    "strict subset of the mask": (([1, 2, 1], [[0, 2, 1], [0, 1, 2], [2, 0, 1]]), None, causal),
-    "full blocks that the mask would cut": (
-        ([1, 1, 0], [[0, 1, 2], [1, 0, 2], [0, 1, 2]]),
-        ([1, 1, 2], [[2, 0, 1], [2, 1, 0], [0, 2, 1]]),
-        causal,
-    ),
-    "no mask_mod": (([1, 3, 2], [[1, 0, 0], [2, 1, 0], [0, 1, 2]]), None, None),
-    "an empty row of blocks": (([1, 0, 1], [[0, 1, 2], [0, 1, 2], [2, 1, 0]]), None, causal),
-}
-
-
-@pytest.mark.parametrize("case", LISTED)
-@pytest.mark.parametrize("heads", [4, 2])
-def test_block_lists_are_obeyed(case: str, heads: int) -> None:
-    mask = built(*LISTED[case])
-    live = from_lists(mask)
-    q, k, v = operands(Hkv=heads, grad=True)
-    out, aux = ae.flex_attention(
-        q, k, v, block_mask=mask, enable_gqa=heads != 4, return_aux=ae.AuxRequest(lse=True)
-    )
-    want, lse = dense_attention(q, k, v, live)
-    near(out, want)
-    near(aux.lse, lse)
-    assert not out[(~live.any(-1)).expand(out.shape[:3])].any()
-    if mask.mask_mod is flex.noop_mask:
-        return
-    g = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-    got = torch.autograd.grad(out, (q, k, v), g)
-    expected = torch.autograd.grad(want, (q, k, v), g.double())
-    for a, b in zip(got, expected, strict=True):
-        near(a, b, 1e-4)
-
-
-def test_eager_torch_differs_where_lists_and_mask_disagree() -> None:
-    """The reason why truth above is not eager torch."""
-    mask = built(*LISTED["strict subset of the mask"])
-    q, k, v = operands()
-    eager = flex.flex_attention(q, k, v, block_mask=mask)
-    assert (ae.flex_attention(q, k, v, block_mask=mask) - eager).abs().max() > 0.1
-
-
-def test_changed_lists_are_seen() -> None:
-    mask = built(*LISTED["strict subset of the mask"])
-    q, k, v = operands()
-    ae.flex_attention(q, k, v, block_mask=mask)
-    mask.kv_num_blocks[0, 0, 0] = 0
-    near(ae.flex_attention(q, k, v, block_mask=mask), dense_attention(q, k, v, from_lists(mask))[0])
-
-
-def test_cropped_and_sliced_masks() -> None:
-    whole = masked(causal, 128, 128)
-    cropped = whole._adjust(70, 70)
-    q, k, v = operands()
-    near(
-        ae.flex_attention(q, k, v, block_mask=cropped),
-        flex.flex_attention(q, k, v, block_mask=masked(causal)),
-    )
-    by_batch = masked(causal, B=2, H=4)
-    one = by_batch[:1]
-    one.mask_mod = causal
-    near(
-        ae.flex_attention(q[:1], k[:1], v[:1], block_mask=one),
-        flex.flex_attention(q[:1], k[:1], v[:1], block_mask=masked(causal)),
-    )
-
-
-def test_sliced_mask_without_its_mask_mod() -> None:
-    sliced = masked(causal, B=2)[:1]
-    q, k, v = operands(B=1)
-    with pytest.raises(ValueError, match="mask_mod"):
-        ae.flex_attention(q, k, v, block_mask=sliced)
-
-
-def test_no_mask_of_torch() -> None:
-    q, k, v = operands(L=33)
-    none = flex._create_empty_block_mask(q, k)
-    near(ae.flex_attention(q, k, v, block_mask=none), flex.flex_attention(q, k, v))
-
-
-def test_noop_mask() -> None:
-    q, k, v = operands(L=33)
-    mask = masked(flex.noop_mask, 33, 70)
-    near(ae.flex_attention(q, k, v, block_mask=mask), flex.flex_attention(q, k, v))
 
 
 # -- heads, aux outputs, layouts -------------------------------------------------------------------

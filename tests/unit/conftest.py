@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from bare_machine import Bare
+from build_work import Work
 
 from attnengine import build
 
@@ -28,3 +29,18 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def bare(tmp_path: Path) -> Bare:
     """A machine without a compiler."""
     return Bare(tmp_path)
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Work]:
+    """A cache of its own, and a compiler that counts."""
+    for name in list(os.environ):
+        if name.startswith("ATTNENGINE_"):
+            monkeypatch.delenv(name)
+    monkeypatch.delenv("CXX", raising=False)
+    made = Work(tmp_path)
+    monkeypatch.setenv("ATTNENGINE_CACHE_DIR", str(made.cache))
+    monkeypatch.setenv("ATTNENGINE_CXX", str(made.cxx))
+    build.forget()
+    yield made
+    build.forget()

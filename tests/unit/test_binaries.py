@@ -6,7 +6,7 @@ import ctypes.util
 from pathlib import Path
 
 import pytest
-from test_build import EXPORT, needs_compiler, tiny
+from build_work import EXPORT, needs_compiler, tiny
 
 import attnengine as ae
 from attnengine import build, compiler, elf, platform_tag, settings, staging

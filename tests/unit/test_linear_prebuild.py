@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from bare_machine import DV, Bare, D, command_in, lines_in, same
+from build_work import needs_compiler
 from rich.console import Console
-from test_build import needs_compiler
 from test_cuda_build import needs_nvcc
 
 import attnengine as ae

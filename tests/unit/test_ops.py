@@ -1,45 +1,23 @@
-"""The operators over a small hand-written kernel module: layouts, errors, autograd, tracing."""
+"""The operators over a small hand-written kernel module: layouts, registry, errors."""
 
 from __future__ import annotations
 
 import math
-import pathlib
 import shutil
-import subprocess
 
 import pytest
 import torch
+from naive_kernels import BUCKETS, DV, ELEM, SCALE, D, Kernels, compiled, dense, forward, operands
 from torch import Tensor
 
 from attnengine import library, ops
 
-HERE = pathlib.Path(__file__).parent
-ELEM = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
-D, DV, BUCKETS = 8, 5, 3
 pytestmark = pytest.mark.compiles
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[torch.dtype, str], int]:
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("kernels")
-    jobs, loaded = [], {}
-    for dtype, elem in ELEM.items():
-        for kind in ("forward", "backward"):
-            path = folder / f"{kind}{elem}.so"
-            flags = ["-std=c++17", "-O1", "-shared", "-fPIC", f"-I{library.templates_dir()}"]
-            defines = [f"-DELEM={elem}", f"-DBACKWARD={int(kind == 'backward')}"]
-            defines += [f"-DHEAD_DIM={D}", f"-DVALUE_DIM={DV}"]
-            source = str(HERE / "naive_kernel.cpp")
-            jobs.append((dtype, kind, path, [compiler, *flags, *defines, source, "-o", str(path)]))
-    for job in [subprocess.Popen(j[3]) for j in jobs]:
-        assert job.wait() == 0
-    for dtype, kind, path, _ in jobs:
-        table = torch.float64 if dtype == torch.float64 else torch.float32
-        loaded[dtype, kind] = library.load_kernel(path, [(2, table), (1, torch.int64)])
-    return loaded
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    return compiled(tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.fixture(autouse=True)
@@ -47,39 +25,6 @@ def poisoned():
     library.host.set_poison(True)
     yield
     library.host.set_poison(False)
-
-
-def operands(
-    dtype: torch.dtype = torch.float32,
-    B: int = 2,
-    Hq: int = 4,
-    Hkv: int = 2,
-    L: int = 7,
-    S: int = 9,
-    Bkv: int | None = None,
-    seed: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    g = torch.Generator().manual_seed(seed)
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
-    kv = B if Bkv is None else Bkv
-    q = torch.randn(B, Hq, L, D, generator=g, dtype=acc).to(dtype)
-    k = torch.randn(kv, Hkv, S, D, generator=g, dtype=acc).to(dtype)
-    v = torch.randn(kv, Hkv, S, DV, generator=g, dtype=acc).to(dtype)
-    table = torch.randn(Hq, BUCKETS, generator=g, dtype=acc)
-    bucket = torch.randint(0, BUCKETS, (S,), generator=g)
-    return q, k, v, [table, bucket]
-
-
-SCALE = 0.3
-
-
-def dense(q: Tensor, k: Tensor, v: Tensor, table: Tensor, bucket: Tensor) -> tuple[Tensor, Tensor]:
-    """The same attention in float64 autograd: (out, lse)."""
-    group = q.shape[1] // k.shape[1]
-    q, k, v, table = (x.double() for x in (q, k, v, table))
-    k, v = (x.expand(q.shape[0], *x.shape[1:]).repeat_interleave(group, 1) for x in (k, v))
-    score = q @ k.mT * SCALE + table[:, bucket][:, None, :]
-    return score.softmax(-1) @ v, score.logsumexp(-1)
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -90,10 +35,6 @@ def assert_near(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
     assert got.shape == want.shape
     scale = max(1.0, want.abs().max().item()) if want.numel() else 1.0
     torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance(dtype) * scale)
-
-
-def forward(kernels, q, k, v, captures, stats=True):
-    return ops.forward(q, k, v, captures, kernels[q.dtype, "forward"], SCALE, stats)
 
 
 def backward(kernels, q, k, v, captures, out, stats, dout, dstats=None):
@@ -401,151 +342,3 @@ def test_bad_backward_arguments(kernels):
         backward(kernels, q, k, v, captures, out, stats.new_empty(0), dout)
     with pytest.raises(ValueError, match="dstats must have shape"):
         backward(kernels, q, k, v, captures, out, stats, dout, stats[:, :1])
-
-
-# ------------------------------------------------------------------------ the traceable operator
-
-
-@pytest.fixture
-def key(kernels):
-    calls: list[str] = []
-
-    def resolver(kind: str) -> int:
-        calls.append(kind)
-        return kernels[torch.float64, kind]
-
-    ops.register_key("test", resolver, ops.KeyInfo(stats=2, user_stats=1, grad_mask=1))
-    resolver.calls = calls
-    yield resolver
-    ops._resolvers.pop("test")
-    ops._key_infos.pop("test", None)
-
-
-def attention(q, k, v, captures):
-    return torch.ops.attnengine.attention(q, k, v, captures, "test", SCALE)
-
-
-def flat(q, k, v, captures):
-    return q, k, v, *captures
-
-
-def differentiable(**sizes):
-    q, k, v, captures = operands(torch.float64, **sizes)
-    for x in (q, k, v, captures[0]):
-        x.requires_grad_()
-    return q, k, v, captures
-
-
-def test_opcheck(kernels, key):
-    q, k, v, captures = operands(torch.float64)
-    fwd = (q, k, v, captures, kernels[torch.float64, "forward"], SCALE)
-    bare = torch.ops.attnengine
-    torch.library.opcheck(bare.forward.default, (*fwd, True))
-    torch.library.opcheck(bare.forward.default, (*fwd, False))
-    out, stats = bare.forward(*fwd, True)
-    grads = (out, stats, torch.ones_like(out), stats[:1])
-    torch.library.opcheck(
-        bare.backward.default,
-        (q, k, v, captures, *grads, kernels[torch.float64, "backward"], SCALE),
-    )
-    for Bkv in (None, 1):
-        inputs = differentiable(Bkv=Bkv)
-        torch.library.opcheck(bare.attention.default, (*inputs, "test", SCALE))
-        q, k, v, captures = operands(torch.float64, Bkv=Bkv)
-        torch.library.opcheck(
-            bare.attention_backward.default,
-            (q, k, v, captures, *grads, "test", SCALE),
-        )
-
-
-def test_gradcheck(key):
-    inputs = differentiable(B=1, Hq=2, Hkv=1, L=3, S=4)
-
-    def call(q, k, v, table):
-        out, stats = attention(q, k, v, [table, inputs[3][1]])
-        return out, stats[0]
-
-    assert torch.autograd.gradcheck(call, (*inputs[:3], inputs[3][0]))
-
-
-def test_compiled_whole_graph(key):
-    q, k, v, captures = differentiable()
-
-    def loss(q, k, v, table):
-        out, stats = attention(q * 2, k, v, [table, captures[1]])
-        return out.sin().sum() + stats[0].cos().sum()
-
-    leaves = (q, k, v, captures[0])
-    want = torch.autograd.grad(loss(*leaves), leaves)
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    got = torch.autograd.grad(compiled(*leaves), leaves)
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_fakes_compile_nothing_when_the_key_says_enough(key):
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    q, k, v, captures = differentiable()
-    with FakeTensorMode() as mode:
-        fakes = [mode.from_tensor(x) for x in (q, k, v)]
-        out, stats = attention(*fakes, [mode.from_tensor(x) for x in captures])
-        assert out.shape == (2, 4, 7, DV) and stats.shape == (2, 2, 4, 7)
-        out.sum().backward()
-    assert key.calls == []
-
-
-def test_fakes_ask_only_the_kernels_that_they_need(key):
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    ops.register_key("test", key)
-    with FakeTensorMode() as mode:
-        q, k, v, table, bucket = (
-            mode.from_tensor(x).requires_grad_(x.is_floating_point())
-            for x in flat(*operands(torch.float64))
-        )
-        out, _ = attention(q, k, v, [table, bucket])
-        assert set(key.calls) == {"forward"}
-        dtable, dq = torch.autograd.grad(out.sum(), (table, q))
-        assert set(key.calls) == {"forward", "backward"}
-        assert dtable.shape == table.shape and dq.shape == q.shape
-
-
-def test_exported_program(key):
-    q, k, v, captures = operands(torch.float64)
-
-    class Model(torch.nn.Module):
-        def forward(self, q, k, v, table, bucket):
-            return attention(q, k, v, [table, bucket])[0]
-
-    length = torch.export.Dim("length", min=2, max=64)
-    shapes = ({2: length}, None, None, None, None)
-    args = (q, k, v, *captures)
-    program = torch.export.export(Model(), args, dynamic_shapes=shapes)
-    q2 = torch.randn(2, 4, 13, D, dtype=torch.float64)
-    torch.testing.assert_close(
-        program.module()(q2, k, v, *captures), attention(q2, k, v, captures)[0]
-    )
-
-
-def test_unregistered_key():
-    q, k, v, captures = operands(torch.float64)
-    with pytest.raises(RuntimeError, match="key 'absent' is not registered in this process"):
-        torch.ops.attnengine.attention(q, k, v, captures, "absent", SCALE)
-
-
-def test_double_backward_is_refused(key):
-    q, k, v, captures = differentiable()
-    out, _ = attention(q, k, v, captures)
-    (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward"):
-        torch.autograd.grad(dq.sum(), k)
-
-
-def test_vmap_is_refused(kernels, key):
-    q, k, v, captures = operands(torch.float64)
-    stacked = torch.stack([q, q])
-    with pytest.raises(NotImplementedError, match="vmap over attention"):
-        torch.vmap(lambda x: attention(x, k, v, captures)[0])(stacked)
-    with pytest.raises(NotImplementedError, match="vmap over attention"):
-        torch.vmap(lambda x: forward(kernels, x, k, v, captures)[0])(stacked)

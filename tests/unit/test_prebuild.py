@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from bare_machine import DV, Bare, D, command_in, lines_in, same
+from build_work import needs_compiler, tiny
 from rich.console import Console
-from test_build import needs_compiler, tiny
 
 import attnengine as ae
 from attnengine import cache, cli, dispatch, prebuild, prebuild_run, prebuilt, program, staging

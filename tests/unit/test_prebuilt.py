@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from test_build import needs_compiler, tiny
+from build_work import needs_compiler, tiny
 
 import attnengine as ae
 from attnengine import build, prebuilt, staging
