@@ -37,26 +37,29 @@ auto rows_in_place(const Rows& rows) {
   }
 }
 
-// Tiles of q or k; meanwhile the rows `ahead` are fetched. Rows past n are zero, up to the whole
-// chunk.
+// Tiles of q or k. Rows past n are zero, up to the whole chunk.
 template <class Plan, class Rows>
 __attribute__((noinline)) void tile_by_row(const Rows& rows, int n,
-                                           typename LinearTypes<Plan>::M* dst,
-                                           const LinearAhead& ahead = {}) {
+                                           typename LinearTypes<Plan>::M* dst) {
   using T = LinearTypes<Plan>;
-  ahead.fetch(0, T::kChunk);
   pack_rows<typename T::Acc, typename T::M, T::kD>(dst, rows, rows.col, n, T::kChunk, NoMod{});
 }
 template <class Plan, class Rows>
 __attribute__((noinline)) void tile_over_tokens(const Rows& rows, int n,
-                                                typename LinearTypes<Plan>::M* dst,
-                                                const LinearAhead& ahead = {}) {
+                                                typename LinearTypes<Plan>::M* dst) {
   using T = LinearTypes<Plan>;
   if constexpr (T::kPair == 1) {
-    tile_by_row<Plan>(rows, n, dst, ahead);
+    tile_by_row<Plan>(rows, n, dst);
   } else {
-    for (int i = 0; i < T::kChunk; i += 2) {
-      ahead.fetch(i, 2);
+    using V = typename T::V;
+    int first = 0;
+    if (rows.col == 1 && T::kD == T::kDPitch) {
+      for (; first + 2 <= n; first += 2) {
+        each_pair<typename T::Acc, typename T::M, T::kDPitch>(
+            rows(first), rows(first + 1), dst + int64_t(first) * T::kDPitch, [](int, V, V) {});
+      }
+    }
+    for (int i = first; i < T::kChunk; i += 2) {
       const int live = n - i < 0 ? 0 : n - i < 2 ? n - i : 2;
       const auto* even = rows(live > 0 ? i : 0);
       const auto* odd = rows(live > 1 ? i + 1 : 0);
@@ -74,24 +77,20 @@ __attribute__((noinline)) void tile_over_tokens(const Rows& rows, int n,
 // The same as accumulators; `dst` may be the rows themselves.
 template <class Plan, class Rows>
 __attribute__((noinline)) void tile_sums(const Rows& rows, int n,
-                                         typename LinearTypes<Plan>::Acc* dst,
-                                         const LinearAhead& ahead = {}) {
+                                         typename LinearTypes<Plan>::Acc* dst) {
   using T = LinearTypes<Plan>;
-  ahead.fetch(0, T::kChunk);
   pack_rows<typename T::Acc, typename T::Acc, T::kD>(dst, rows, rows.col, n, T::kChunk, NoMod{});
 }
 // Columns of whole vectors past n are not written, nor read by lower_product.
 template <class Plan, class Rows>
 __attribute__((noinline)) void tile_by_channel(const Rows& rows, int n,
-                                               typename LinearTypes<Plan>::M* dst,
-                                               const LinearAhead& ahead = {}) {
+                                               typename LinearTypes<Plan>::M* dst) {
   using T = LinearTypes<Plan>;
   using Acc = typename T::Acc;
   using E = std::remove_cvref_t<decltype(*rows.base)>;
   using Unit = Vector<decltype(mask_element<Acc>()), T::W>;
   constexpr int W = T::W, kPair = T::kPair;
   for (int i = 0; i < n; i += W) {
-    ahead.fetch(i, W);
     for (int u = 0; u < T::kDSteps; u += W) {
       Unit block[W];
       const E* from = rows(i) + u * kPair * rows.col;
@@ -131,6 +130,25 @@ __attribute__((noinline)) void tile_by_channel(const Rows& rows, int n,
   }
 }
 
+// Of one 16-token block of x. Narrow products are tall, to keep the multipliers busy.
+template <class T, int kBlock>
+__attribute__((noinline)) void lower_rows(const typename T::M* x, const typename T::M* k,
+                                          typename T::Acc* p) {
+  constexpr int kColumns = (kBlock + 1) * kLinearBlock;
+  const auto panel = [&]<int kRegs>(int j) {
+    constexpr int kRows = kRegs < 4 ? 8 : 4;
+    for (int i = 0; i < kLinearBlock; i += kRows) {
+      gemm_block<typename T::Acc, typename T::M, kRows, kRegs, GemmMode::kOverwrite>(
+          T::kDSteps, x + i * T::kDPitch, T::kDPitch, T::kPair, k + j * T::kPair, T::kChunk,
+          p + i * T::kChunk + j, T::kChunk, nullptr);
+    }
+  };
+  constexpr int kPanel = 4 * T::W, kRest = kColumns % kPanel / T::W;
+  int j = 0;
+  for (; j + kPanel <= kColumns; j += kPanel) panel.template operator()<4>(j);
+  if constexpr (kRest > 0) panel.template operator()<kRest>(j);
+}
+
 // The raw products x_t . k_s of all s of t's 16-token block and of those before, [C][C]; what lies
 // above the diagonal is anything. x: by row; k: transposed.
 template <class Plan>
@@ -141,6 +159,12 @@ __attribute__((noinline)) void lower_product(const typename LinearTypes<Plan>::M
   const auto block = [&]<int kBlock>() {
     constexpr int first = kBlock * kLinearBlock;
     if (first >= n) return;
+    if constexpr (kGemmRegs == 4) {
+      if (first + kLinearBlock <= n) {
+        lower_rows<T, kBlock>(x + first * T::kDPitch, k, p + int64_t(first) * T::kChunk);
+        return;
+      }
+    }
     gemm<typename T::Acc, typename T::M, first + kLinearBlock, GemmMode::kOverwrite>(
         n - first < kLinearBlock ? n - first : kLinearBlock, T::kDSteps, x + first * T::kDPitch,
         T::kDPitch, T::kPair, k, T::kChunk, p + int64_t(first) * T::kChunk, T::kChunk);

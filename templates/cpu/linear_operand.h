@@ -35,6 +35,46 @@ AE_INLINE void store_pairs(M* p, V even, V odd) {
   store_vector(p, even);
 }
 
+// N elements of two rows as pairs at `to`, or of `even` alone where products take no pairs;
+// visit(j, x, y) gets each vector of both.
+template <class A, class M, int N, class E, class Visit>
+AE_INLINE void each_pair(const E* even, const E* odd, M* to, const Visit& visit) {
+  using V = typename Lanes<A>::Acc;
+  constexpr int W = Lanes<A>::W;
+  if constexpr (__is_same(M, A)) {
+#pragma GCC unroll 16
+    for (int j = 0; j < N; j += W) {
+      const V x = load_widened<A>(even + j);
+      store_vector(to + j, x);
+      visit(j, x, V{});
+    }
+  } else if constexpr (__is_same(E, M) && N % (2 * W) == 0) {
+    // Interleaved as they are; pairs widen in place.
+    using H = Vector<uint16_t, 2 * W>;
+    using U = Vector<uint32_t, W>;
+    H low{}, high{};
+    for (int i = 0; i < 2 * W; ++i) {
+      low[i] = uint16_t(i / 2 + i % 2 * 2 * W);
+      high[i] = uint16_t(low[i] + W);
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < N; j += 2 * W) {
+      const H x = load_vector<H>(even + j), y = load_vector<H>(odd + j);
+      const U pairs[2] = {(U)__builtin_shuffle(x, y, low), (U)__builtin_shuffle(x, y, high)};
+      for (int h = 0; h < 2; ++h) {
+        store_vector(to + 2 * (j + h * W), pairs[h]);
+        visit(j + h * W, (V)(pairs[h] << 16), (V)(pairs[h] & 0xffff0000u));
+      }
+    }
+  } else {
+    for (int j = 0; j < N; j += W) {
+      const V x = load_widened<A>(even + j), y = load_widened<A>(odd + j);
+      store_pairs(to + 2 * j, x, y);
+      visit(j, x, y);
+    }
+  }
+}
+
 // Rows of accumulators [rows][N] as a B operand over them: [rows][N], or [rows/2][N][2] in pairs.
 // An odd last row is paired with zeros. Each row may be scaled.
 template <class A, class M, int N, class Factor>
@@ -145,6 +185,11 @@ class LinearInputs {
   }
   LinearRows<Elem> raw_v(const LinearAt& a, int column) const {
     const auto r = rows<Elem>(p_.v, p_.v_stride, a.b, a.h, a.t);
+    return {r.base + column * r.col, r.stride, r.col};
+  }
+  // Where the output goes.
+  LinearRows<Elem> out(const LinearAt& a, int column) const {
+    const auto r = rows<Elem>(p_.out, p_.out_stride, a.b, a.h, a.t);
     return {r.base + column * r.col, r.stride, r.col};
   }
 

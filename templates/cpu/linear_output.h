@@ -21,38 +21,46 @@ AE_INLINE void store_result(Out* to, V x) {
 template <class T, int kRows, int kRegs, class Out>
 AE_INLINE void output_block(int64_t q_steps, const typename T::M* q, const typename T::M* s,
                             const typename T::Acc* factor, int64_t m_steps, const typename T::M* m,
-                            const typename T::M* v, Out* o, int64_t pitch) {
+                            const typename T::M* v, Out* o, int64_t pitch, LinearFetch& next) {
   using Step = GemmStep<typename T::Acc, typename T::M>;
   using V = typename Step::V;
   constexpr int N = T::kPanel, W = T::W, kPair = T::kPair;
   V sum[kRows][kRegs]{};
   const auto multiply = [&](int64_t steps, const typename T::M* a, int64_t a_row,
                             const typename T::M* b) __attribute__((always_inline)) {
-    for (int64_t k = 0; k < steps; ++k, a += kPair, b += N * kPair) {
-      V bv[kRegs];
+    while (steps > 0) {
+      LinearRun run = next.take(steps, b);
+      steps -= run.steps;
+      for (; run.steps > 0; --run.steps, a += kPair, b += N * kPair) {
+        run.fetch();
+        V bv[kRegs];
 #pragma GCC unroll 8
-      for (int j = 0; j < kRegs; ++j) bv[j] = load_vector<V>(b + j * W * kPair);
+        for (int j = 0; j < kRegs; ++j) bv[j] = load_vector<V>(b + j * W * kPair);
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i) {
+          const V av = Step::broadcast(a + i * a_row);
 #pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) {
-        const V av = Step::broadcast(a + i * a_row);
-#pragma GCC unroll 8
-        for (int j = 0; j < kRegs; ++j) sum[i][j] = Step::multiply_add(sum[i][j], av, bv[j]);
+          for (int j = 0; j < kRegs; ++j) sum[i][j] = Step::multiply_add(sum[i][j], av, bv[j]);
+        }
       }
     }
   };
   multiply(q_steps, q, T::kDPitch, s);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
     for (int j = 0; j < kRegs; ++j) sum[i][j] *= factor[i];
   }
   multiply(m_steps, m, T::kChunk, v);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
     for (int j = 0; j < kRegs; ++j) store_result<T>(o + i * pitch + j * W, sum[i][j]);
   }
 }
+
+// With 32 registers, blocks of so many vectors have twelve rows.
+constexpr int kOutputNarrow = kGemmRegs == 4 ? 2 : -1;
 
 // n rows of kRegs W columns. Rows of M end at the diagonal: 0 beyond, which is not multiplied
 // further than these rows go. `products` false: without M V.
@@ -60,16 +68,22 @@ template <class T, int kRegs, class Out>
 __attribute__((noinline)) void output_panel(int n, int64_t q_steps, const typename T::M* q,
                                             const typename T::M* s, const typename T::Acc* factor,
                                             bool products, const typename T::M* m,
-                                            const typename T::M* v, Out* o, int64_t pitch) {
+                                            const typename T::M* v, Out* o, int64_t pitch,
+                                            LinearFetch& next) {
   int i = 0;
   const auto rows = [&]<int kRows>() {
     for (; i + kRows <= n; i += kRows) {
       const int64_t steps = products ? (i + kRows + T::kPair - 1) / T::kPair : 0;
       output_block<T, kRows, kRegs>(q_steps, q + i * int64_t(T::kDPitch), s, factor + i, steps,
-                                    m + i * int64_t(T::kChunk), v, o + i * pitch, pitch);
+                                    m + i * int64_t(T::kChunk), v, o + i * pitch, pitch, next);
     }
   };
-  rows.template operator()<kGemmRows>();
+  if constexpr (kRegs == kOutputNarrow) {
+    rows.template operator()<12>();
+    rows.template operator()<8>();
+  } else {
+    rows.template operator()<kGemmRows>();
+  }
   if constexpr (kGemmRows > 4) rows.template operator()<4>();
   rows.template operator()<2>();
   rows.template operator()<1>();
@@ -79,16 +93,20 @@ __attribute__((noinline)) void output_panel(int n, int64_t q_steps, const typena
 template <class T, class Out>
 void output_rows(int n, int64_t q_steps, const typename T::M* q, const typename T::M* s,
                  const typename T::Acc* factor, bool products, const typename T::M* m,
-                 const typename T::M* v, Out* o, int64_t pitch) {
-  constexpr int kColumns = kGemmRegs * T::W, kRest = T::kPanel % kColumns / T::W;
+                 const typename T::M* v, Out* o, int64_t pitch, LinearFetch& next) {
+  // A state that does not stay in the first cache is read by more rows at once.
+  constexpr bool kLarge =
+      kGemmRegs == 4 && T::kPanelState * int64_t(sizeof(typename T::M)) > (16 << 10);
+  constexpr int kRegs = kLarge ? kOutputNarrow : kGemmRegs;
+  constexpr int kColumns = kRegs * T::W, kRest = T::kPanel % kColumns / T::W;
   int j = 0;
   for (; j + kColumns <= T::kPanel; j += kColumns) {
-    output_panel<T, kGemmRegs, Out>(n, q_steps, q, s + j * T::kPair, factor, products, m,
-                                    v + j * T::kPair, o + j, pitch);
+    output_panel<T, kRegs, Out>(n, q_steps, q, s + j * T::kPair, factor, products, m,
+                                v + j * T::kPair, o + j, pitch, next);
   }
   if constexpr (kRest > 0) {
     output_panel<T, kRest, Out>(n, q_steps, q, s + j * T::kPair, factor, products, m,
-                                v + j * T::kPair, o + j, pitch);
+                                v + j * T::kPair, o + j, pitch, next);
   }
 }
 
@@ -153,14 +171,34 @@ AE_INLINE Acc normalizer_inverse(Acc den) {
 template <class T, class Rows>
 __attribute__((noinline)) bool pack_values(const Rows& rows, int n, int width,
                                            const typename T::Acc* f, typename T::M* v,
-                                           typename T::M* left, const LinearAhead& ahead) {
+                                           typename T::M* left) {
   using Acc = typename T::Acc;
+  using E = std::remove_cvref_t<decltype(*rows.base)>;
   using V = typename T::V;
   constexpr int N = T::kPanel, W = T::W, kPair = T::kPair;
-  V seen{};
-  for (int i = 0; i < n; i += kPair) {
+  V seen[N / W]{};
+  int first = 0;
+  if (rows.col == 1 && width == N) {  // whole vectors
+    const auto pass = [&]<bool kLeft>() {
+      for (; first + kPair <= n; first += kPair) {
+        const E *even = rows(first), *odd = rows(first + kPair - 1);
+        const Acc f0 = kLeft ? f[first] : Acc(1), f1 = kLeft ? f[first + kPair - 1] : Acc(1);
+        const int64_t at = int64_t(first) * N;
+        each_pair<Acc, typename T::M, N>(even, odd, v + at, [&](int j, V x, V y) {
+          seen[j / W] += x * Acc(0);
+          if (kPair == 2) seen[j / W] += y * Acc(0);
+          if (kLeft) store_pairs(left + at + j * kPair, x * f0, y * f1);
+        });
+      }
+    };
+    if (left != nullptr) {
+      pass.template operator()<true>();
+    } else {
+      pass.template operator()<false>();
+    }
+  }
+  for (int i = first; i < n; i += kPair) {
     const bool pair = i + kPair <= n;
-    ahead.fetch(i, kPair);
     const auto *even = rows(i), *odd = rows(pair ? i + kPair - 1 : i);
     const Acc f0 = left != nullptr ? f[i] : Acc(1),
               f1 = left != nullptr && pair ? f[i + kPair - 1] : Acc(1);
@@ -169,13 +207,14 @@ __attribute__((noinline)) bool pack_values(const Rows& rows, int n, int width,
       const V x = load_lanes<Acc>(even + j * rows.col, rows.col, count);
       V y{};
       if (kPair == 2 && pair) y = load_lanes<Acc>(odd + j * rows.col, rows.col, count);
-      seen += x * Acc(0) + y * Acc(0);
+      seen[0] += x * Acc(0) + y * Acc(0);
       const int64_t at = int64_t(i) * N + j * kPair;
       store_pairs(v + at, x, y);
       if (left != nullptr) store_pairs(left + at, x * f0, y * f1);
     }
   }
-  return hsum(seen) != 0;
+  for (int j = 1; j < N / W; ++j) seen[0] += seen[j];
+  return hsum(seen[0]) != 0;
 }
 
 }  // namespace ae

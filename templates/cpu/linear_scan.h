@@ -36,7 +36,7 @@ class LinearScanWalk : LinearWalk<Plan, Fn> {
   using Channel = LinearChannel<Plan>;
   using Slot = LinearSlot<Plan>;
   using Walk::in_, Walk::task_, Walk::keep_, Walk::fresh_, Walk::gates_, Walk::decay_;
-  using Walk::k_tokens_, Walk::states_, Walk::sums_z_;
+  using Walk::k_tokens_, Walk::states_, Walk::sums_z_, Walk::packed_;
   static constexpr int W = T::W, C = T::kChunk, N = T::kPanel, kPitch = T::kDPitch;
   static constexpr LinearForwardScratch<Plan> kAt{};
 
@@ -55,7 +55,7 @@ class LinearScanWalk : LinearWalk<Plan, Fn> {
   }
   // Outputs. fresh: before the first chunk states are zero.
   void outputs(bool fresh) {
-    keep_ = false;
+    keep_ = false, packed_ = nullptr;
     __builtin_memset(Walk::template at<M>(kAt.weights), 0, sizeof(M) * C * C);
     for (int64_t i = 0; i * C < task_.length; ++i) {
       const int64_t t = i * C, left = task_.length - t;
@@ -80,16 +80,14 @@ class LinearScanWalk : LinearWalk<Plan, Fn> {
     LinearAt where{task_.b, task_.hk, task_.head, t, n};
     const LinearAt next = Walk::following(where);
     const auto k = in_.k(where, at<Acc>(kAt.k_stage));
-    const LinearAhead ahead = in_.raw_k(next).ahead(next.n, T::kD);
+    in_.raw_k(next).ahead(next.n, T::kD).fetch(0, C);
     if constexpr (T::kChannel) {
-      tile_sums<Plan>(k, n, at<Acc>(kAt.k_stage), ahead);
+      tile_sums<Plan>(k, n, at<Acc>(kAt.k_stage));
     } else {
       k_tokens_ = T::kPair == 1 ? rows_in_place<Plan>(k) : nullptr;
       if (k_tokens_ == nullptr) {
-        tile_over_tokens<Plan>(k, n, at<M>(kAt.k_tokens), ahead);
+        tile_over_tokens<Plan>(k, n, at<M>(kAt.k_tokens));
         k_tokens_ = at<M>(kAt.k_tokens);
-      } else {
-        ahead.fetch(0, C);
       }
     }
     for (int64_t i = 0; i < task_.heads; ++i) {

@@ -4,6 +4,7 @@
 #include "cpu/linear_forward_work.h"
 #include "cpu/linear_output.h"
 #include "cpu/linear_state.h"
+#include "cpu/linear_update.h"
 
 namespace ae {
 
@@ -19,12 +20,15 @@ class LinearWalk {
   using Gates = LinearGates<Acc, T::kChunk>;
   static constexpr int W = T::W, C = T::kChunk, N = T::kPanel, kPitch = T::kDPitch;
   static constexpr LinearForwardScratch<Plan> kAt{};
+  // Elements of a panel of a state as products read it, where that is not the state itself.
+  static constexpr int64_t kPacked = T::kPair == 2 ? int64_t(T::kDRows) * N : 0;
   static constexpr bool kDelta = Plan::kDelta, kNormalizer = Plan::kNormalizer;
 
  public:
   // Bytes of the states of a task.
   static int64_t state_bytes(int64_t heads, int64_t panels) {
-    return linear_line(heads * (panels * T::kPanelState + kPitch) * int64_t(sizeof(Acc)));
+    const int64_t sums = heads * (panels * T::kPanelState + kPitch);
+    return linear_line(sums * int64_t(sizeof(Acc)) + heads * panels * kPacked * int64_t(sizeof(M)));
   }
 
   // scratch: LinearForwardScratch, then the states.
@@ -32,6 +36,7 @@ class LinearWalk {
       : in_(in), p_(in.params()), task_(task), scratch_(scratch) {
     states_ = (Acc*)(scratch + kAt.bytes);
     sums_z_ = states_ + task.heads * task.panels * T::kPanelState;
+    packed_ = (M*)(sums_z_ + task.heads * kPitch);
   }
 
   void run() {
@@ -40,7 +45,8 @@ class LinearWalk {
     fresh_ = p_.state == nullptr;
     for (int64_t t = 0; t < task_.length; t += C) {
       const int64_t left = task_.length - t;
-      keep_ = left > C || p_.final_state != nullptr;
+      more_ = left > C;
+      keep_ = more_ || p_.final_state != nullptr;
       chunk(task_.first + t, int(left < C ? left : C));
       fresh_ = false;
     }
@@ -56,7 +62,9 @@ class LinearWalk {
   const LinearTask task_;
   char* const scratch_;
   Acc *states_, *sums_z_;
-  bool fresh_, keep_;                      // the state is zero; somebody reads it after this chunk
+  M* packed_;                              // null: not kept
+  bool fresh_, more_;                      // the state is zero; chunks follow
+  bool keep_;                              // somebody reads the state after this chunk
   const M *q_rows_, *k_rows_, *k_tokens_;  // tiles by row, and k over tokens
 
   // Of the head in work.
@@ -72,6 +80,16 @@ class LinearWalk {
   Acc* state(int64_t head, int panel) const {
     return states_ + (head * task_.panels + panel) * T::kPanelState;
   }
+  // As products read it: what the last update left, or rounded now.
+  M* packed(int64_t head, int panel) const {
+    if constexpr (T::kPair == 2) {
+      if (packed_ == nullptr) {
+        if (!fresh_) pack_state<Plan>(state(head, panel), at<M>(kAt.state));
+        return at<M>(kAt.state);
+      }
+    }
+    return packed_ + (head * task_.panels + panel) * kPacked;
+  }
   Acc* z(int64_t head) const { return sums_z_ + head * kPitch; }
 
   // ---- states in memory ----
@@ -80,6 +98,9 @@ class LinearWalk {
     const auto* from = (const Acc*)p_.state;
     if (from != nullptr) from += task_.sequence * s[0] + (task_.head + i) * s[1];
     load_panels<Plan>(from, s[2], task_.panel, int(task_.panels), state(i, 0));
+    if (T::kPair == 2 && from != nullptr) {
+      for (int n = 0; n < task_.panels; ++n) pack_state<Plan>(state(i, n), packed(i, n));
+    }
     if constexpr (kNormalizer) {
       for (int d = 0; d < kPitch; ++d) {
         z(i)[d] = from != nullptr && d < T::kD ? from[d * s[2] + T::kDv] : Acc(0);
@@ -102,22 +123,18 @@ class LinearWalk {
     Acc *q_stage = at<Acc>(kAt.q_stage), *k_stage = at<Acc>(kAt.k_stage);
     const auto q = in_.q(where, q_stage);
     const auto k = in_.k(where, k_stage);
-    const LinearAhead q_ahead = in_.raw_q(next).ahead(next.n, T::kD);
-    const LinearAhead k_ahead = in_.raw_k(next).ahead(next.n, T::kD);
     if constexpr (T::kChannel) {
-      tile_sums<Plan>(q, n, q_stage, q_ahead);
-      tile_sums<Plan>(k, n, k_stage, k_ahead);
+      tile_sums<Plan>(q, n, q_stage);
+      tile_sums<Plan>(k, n, k_stage);
       q_rows_ = at<M>(kAt.q), k_rows_ = at<M>(kAt.k);
     } else {
       M* k_channels = at<M>(kAt.k_channels);
-      tile_by_channel<Plan>(k, n, k_channels, k_ahead);
+      tile_by_channel<Plan>(k, n, k_channels);
       const bool update = keep_, rows = kDelta;
       k_rows_ = k_tokens_ = rows_in_place<Plan>(k);
       if (T::kPair == 2 ? update : k_tokens_ == nullptr && (update || rows)) {
-        tile_over_tokens<Plan>(k, n, at<M>(kAt.k_tokens), q_ahead);
+        tile_over_tokens<Plan>(k, n, at<M>(kAt.k_tokens));
         k_tokens_ = at<M>(kAt.k_tokens);
-      } else {
-        q_ahead.fetch(0, C);
       }
       q_rows_ = rows_in_place<Plan>(q);
       if (q_rows_ == nullptr) {
@@ -138,7 +155,12 @@ class LinearWalk {
       weights(where, i == 0);
       if constexpr (kNormalizer) normalize(where, i, k);
       for (int panel = 0; panel < task_.panels; ++panel) {
-        columns(where, panel, state(i, panel));
+        LinearFetch rows;
+        if (i == 0 && panel == 0) {
+          rows.add(in_.raw_q(next).ahead(next.n, T::kD));
+          rows.add(in_.raw_k(next).ahead(next.n, T::kD));
+        }
+        columns(where, panel, state(i, panel), packed(i, panel), rows);
       }
     }
   }
@@ -259,45 +281,36 @@ class LinearWalk {
   }
 
   // One panel of columns of one head: output rows, and the state after the chunk.
-  void columns(const LinearAt& where, int panel, Acc* state) {
+  // Meanwhile rows of the next chunk are fetched.
+  void columns(const LinearAt& where, int panel, Acc* state, M* packed, LinearFetch& ahead) {
     const int number = task_.panel + panel, column = number * N, width = T::panel_width(number);
     const int n = where.n;
     M *v = at<M>(kAt.v), *left = T::kScalar && keep_ ? at<M>(kAt.v_left) : nullptr;
-    const M* s = packed(state);
+    const M* s = T::kPair == 2 ? packed : (const M*)state;
     const auto rows = in_.v(where, column, width, at<Acc>(kAt.v_stage), N);
     const LinearAt next = following(where);
-    const LinearAhead ahead = in_.raw_v(next, column).ahead(next.n, width);
+    ahead.add(in_.raw_v(next, column).ahead(next.n, width));
+    ahead.add(in_.out(next, column).ahead(next.n, width));
     bool bad;
     if constexpr (kDelta) {
-      ahead.fetch(0, C);
       bad = solve(rows, n, width, s, v, left);
     } else {
-      bad = pack_values<T>(rows, n, width, gates_.f, v, left, ahead);
+      bad = pack_values<T>(rows, n, width, gates_.f, v, left);
     }
     const M* m = at<M>(kAt.weights);
     const int64_t q_steps = fresh_ ? 0 : T::kDSteps;
-    const int64_t* to = p_.out_stride;
-    Elem* out =
-        (Elem*)p_.out + where.b * to[0] + where.h * to[1] + where.t * to[2] + column * to[3];
-    if (!kNormalizer && !Fn::kHasOutMod && !bad && to[3] == 1 && width == N) {
-      output_rows<T>(n, q_steps, q_rows_, s, factor_, true, m, v, out, to[2]);
+    const auto out = in_.out(where, column);
+    if (!kNormalizer && !Fn::kHasOutMod && !bad && out.col == 1 && width == N) {
+      output_rows<T>(n, q_steps, q_rows_, s, factor_, true, m, v, (Elem*)out.base, out.stride,
+                     ahead);
     } else {
       Acc* sums = at<Acc>(kAt.sums);
-      output_rows<T>(n, q_steps, q_rows_, s, factor_, !bad, m, v, sums, N);
+      output_rows<T>(n, q_steps, q_rows_, s, factor_, !bad, m, v, sums, N, ahead);
       if (bad) add_by_rows<T>(n, m, v, sums);
       finish_rows<Plan, Fn>(in_, where, column, width, sums, N, kNormalizer ? inverse_ : nullptr);
     }
-    if (keep_) update(n, T::kScalar ? left : v, state);
-  }
-
-  const M* packed(const Acc* state) const {
-    if constexpr (__is_same(M, Acc)) {
-      return state;
-    } else {
-      M* s = at<M>(kAt.state);
-      if (!fresh_) pack_state<Plan>(state, s);
-      return s;
-    }
+    if (keep_) update(n, T::kScalar ? left : v, state, more_ ? packed : nullptr, ahead);
+    ahead.rest();
   }
 
   // Vn of the delta rule as operands. Returns whether it holds Inf or NaN.
@@ -341,17 +354,16 @@ class LinearWalk {
     }
   }
 
-  // The state after the chunk: rows decayed, plus k^T v.
-  __attribute__((noinline)) void update(int n, const M* v, Acc* state) const {
+  // The state after the chunk: rows decayed, plus k^T v; `packed`, if not null, as products read
+  // it.
+  void update(int n, const M* v, Acc* state, M* packed, LinearFetch& ahead) const {
+    const M* k = k_tokens_;
+    int64_t row = T::kPair, step = T::kPair * kPitch;
     if constexpr (T::kChannel) {
-      const M* k = Channel::update_operand(at<Acc>(kAt.keys), n, at<M>(kAt.k_channels));
-      gemm<Acc, M, N, GemmMode::kScale>(T::kD, (n + T::kPair - 1) / T::kPair, k, C, T::kPair, v, N,
-                                        state, N, decay_);
-    } else {
-      constexpr auto kMode = T::kScalar ? GemmMode::kScale : GemmMode::kAccumulate;
-      gemm<Acc, M, N, kMode>(T::kD, (n + T::kPair - 1) / T::kPair, k_tokens_, T::kPair,
-                             T::kPair * kPitch, v, N, state, N, decay_);
+      k = Channel::update_operand(at<Acc>(kAt.keys), n, at<M>(kAt.k_channels));
+      row = C, step = T::kPair;
     }
+    update_state<T>((n + T::kPair - 1) / T::kPair, k, row, step, v, state, decay_, packed, ahead);
   }
 };
 

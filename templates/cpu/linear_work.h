@@ -76,6 +76,49 @@ struct LinearAhead {
   }
 };
 
+// Lines at equal distances, one for each step of a product: many at once would hold up its loads.
+struct LinearRun {
+  const char* at;
+  int64_t stride;  // bytes
+  int64_t steps;
+  AE_INLINE void fetch() {
+    __builtin_prefetch(at, 0, 2);
+    at += stride;
+  }
+};
+
+// Rows of some operands that come next, fetched by products: column after column of lines.
+class LinearFetch {
+  LinearAhead parts_[4];
+  int count_ = 0, part_ = 0, row_ = 0, column_ = 0;
+
+ public:
+  void add(const LinearAhead& x) {
+    if (x.rows > 0) parts_[count_++] = x;
+  }
+  // For at most so many steps, at least one; `here` is fetched where nothing is left.
+  AE_INLINE LinearRun take(int64_t steps, const void* here) {
+    if (part_ == count_) return {(const char*)here, 0, steps};
+    const LinearAhead& x = parts_[part_];
+    LinearRun run{x.base + row_ * x.stride + column_, x.stride, x.rows - row_};
+    if (steps < run.steps) {
+      run.steps = steps;
+      row_ += int(steps);
+    } else {
+      row_ = 0;
+      column_ += 64;
+      if (column_ >= x.bytes) ++part_, column_ = 0;
+    }
+    return run;
+  }
+  void rest() {
+    while (part_ < count_) {
+      LinearRun run = take(1 << 20, nullptr);
+      for (; run.steps > 0; --run.steps) run.fetch();
+    }
+  }
+};
+
 // Rows of an operand, elements of type E.
 template <class E>
 struct LinearRows {
