@@ -147,8 +147,8 @@ def _candidate(key: LinearKey, arch: CpuArch, chunk: int, hook_work: float) -> L
     into = out * (1 + 2.0 * acc / mul / c)
     if backward:
         flops = 3 * scores + 3 * apply + 3 * out + 2 * into
-    else:
-        flops = scores + apply + out + into
+    else:  # under a scalar decay, heads may share their scores
+        flops = scores * (0.75 if r.decay_kind == "scalar" else 1.0) + apply + out + into
     if r.delta:
         flops += (2 * scores + out) * (2 if backward else 1)
     multiply_cycles = flops / arch.flops_per_cycle(multiply) * 1.2  # loop ends, C tile traffic
@@ -163,18 +163,22 @@ def _candidate(key: LinearKey, arch: CpuArch, chunk: int, hook_work: float) -> L
         vectors += c * d / lanes * (6.0 + 2.0 * BLOCK) * (3 if backward else 1)
     vectors += c * hook_work + 4.0 * lower / lanes
     # The state decays, and is packed where products round it.
-    vectors += d * dvp / lanes * (5.0 if dot else 1.0) * (2 if backward else 1)
+    vectors += d * dvp / lanes * ((10.0 if backward else 3.0) if dot else 2.0 if backward else 1.0)
     pointwise_cycles = vectors / arch.vector_ops
     state = _state_bytes(key)
-    resident = 2 * state + c * (2 * d + 2 * dv) * mul + 2 * c * c * acc
-    near = resident <= arch.l2_bytes / 2
+    if backward:
+        near = 2 * state + c * (2 * d + 2 * dv) * mul + 2 * c * c * acc <= arch.l2_bytes / 2
+    else:
+        rounded = d * dvp * mul if dot else 0
+        near = state + rounded + c * (2 * d + 2 * dv) * mul <= arch.l2_bytes * 3 / 4
     cache_rate = arch.l2_bytes_per_cycle if near else arch.l3_bytes_per_cycle
-    traffic = float(state * (8 if backward else 4))
+    traffic = float(state * (8 if backward else 3))
     traffic += c * (2 * d + 2 * dv) * mul * (2 if backward else 1)
     if backward:  # forward states of all chunks are written and read back
         traffic += 2 * state * arch.l2_bytes_per_cycle / arch.l3_bytes_per_cycle
     cache_cycles = traffic / cache_rate
-    overhead = (6000.0 if backward else 2500.0) * (1.6 if r.delta else 1.0) + c * 20.0
+    starts = (9600.0 if r.delta else 6000.0) if backward else 4000.0 if r.delta else 500.0
+    overhead = starts + c * 20.0
     unit = 1000.0 / c
     cost = LinearCost(
         multiply_cycles * unit, solve_cycles * unit, pointwise_cycles * unit, cache_cycles * unit,

@@ -9,7 +9,7 @@ struct Plan {
   using Decay = float;
   using Beta = float;
   static constexpr int kD = 128, kDv = 64;
-  static constexpr int kChunk = 48;
+  static constexpr int kChunk = 32;
   static constexpr ae::DecayKind kDecay = ae::DecayKind::kChannel;
   static constexpr bool kDelta = false;
   static constexpr bool kNormalizer = false;
@@ -17,7 +17,7 @@ struct Plan {
   static constexpr int kVirtualWorkers = 32;
   static constexpr int kScanTasks = 8;
   static constexpr int64_t kScanBytes = 262144;
-  static constexpr int64_t kScratchBytes = 254976;
+  static constexpr int64_t kScratchBytes = 172544;
   static constexpr const char* kKey = "34c4aa83ad032fb48b39d6cc49db739458413316ab74bc381649d92c5911966c";
 };
 struct Fn {
