@@ -159,32 +159,62 @@ class LinearChannel {
   // The products of one block.
   static __attribute__((noinline)) void diagonal(const Acc* x, const Acc* k, const Acc* a,
                                                  int first, int rows, Acc* p) {
+    V sums[2][kBlock]{};
+    int i = 0;
+    for (; i + 2 <= rows; i += 2) diagonal_rows<2>(x, k, a, first, i, sums, p);
+    if (i < rows) diagonal_rows<1>(x, k, a, first, i, sums, p);
+  }
+  // Rows i and, if kRows is 2, i + 1, which share the keys that they read. `sums` past their ends
+  // is anything.
+  template <int kRows>
+  static AE_INLINE void diagonal_rows(const Acc* x, const Acc* k, const Acc* a, int first, int i,
+                                      V (&sums)[2][kBlock], Acc* p) {
     constexpr int kVectors = vectors_together();
-    for (int i = 0; i < rows; ++i) {
-      V sums[kBlock]{};
-      for (int d = 0; d < kPitch; d += kVectors * W) {
-        const int64_t at = int64_t(first) * kPitch + d;
-        V w[kVectors];
+    for (int d = 0; d < kPitch; d += kVectors * W) {
+      const int64_t at = int64_t(first) * kPitch + d;
+      V w[kRows][kVectors];
+      const auto add = [&](int r, int s, V sum) __attribute__((always_inline)) {
+        sums[r][s] = d == 0 ? sum : sums[r][s] + sum;
+      };
+#pragma GCC unroll 2
+      for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) {
-          w[v] = load_vector<V>(x + at + i * kPitch + v * W);
-        }
-        for (int s = i; s >= 0; --s) {
-          const Acc *ks = k + at + s * kPitch, *as = a + at + s * kPitch;
-          V sum = w[0] * load_vector<V>(ks);
-          w[0] *= load_vector<V>(as);
-#pragma GCC unroll 8
-          for (int v = 1; v < kVectors; ++v) {
-            sum += w[v] * load_vector<V>(ks + v * W);
-            w[v] *= load_vector<V>(as + v * W);
-          }
-          sums[s] += sum;
+          w[r][v] = load_vector<V>(x + at + (i + r) * kPitch + v * W);
         }
       }
+      if constexpr (kRows == 2) {  // the end of the lower row
+        const Acc *ks = k + at + (i + 1) * kPitch, *as = a + at + (i + 1) * kPitch;
+        V sum{};
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) {
+          sum += w[1][v] * load_vector<V>(ks + v * W);
+          w[1][v] *= load_vector<V>(as + v * W);
+        }
+        add(1, i + 1, sum);
+      }
+      for (int s = i; s >= 0; --s) {
+        const Acc *ks = k + at + s * kPitch, *as = a + at + s * kPitch;
+        V sum[kRows]{};
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) {
+          const V key = load_vector<V>(ks + v * W), decay = load_vector<V>(as + v * W);
+#pragma GCC unroll 2
+          for (int r = 0; r < kRows; ++r) {
+            sum[r] += w[r][v] * key;
+            w[r][v] *= decay;
+          }
+        }
+#pragma GCC unroll 2
+        for (int r = 0; r < kRows; ++r) add(r, s, sum[r]);
+      }
+    }
+#pragma GCC unroll 2
+    for (int r = 0; r < kRows; ++r) {
       for (int s = 0; s < kBlock; s += W) {
         V group[W];
-        for (int j = 0; j < W; ++j) group[j] = sums[s + j];
-        store_vector(p + int64_t(first + i) * C + first + s, sum_each(group));
+        for (int j = 0; j < W; ++j) group[j] = sums[r][s + j];
+        store_vector(p + int64_t(first + i + r) * C + first + s, sum_each(group));
       }
     }
   }

@@ -291,6 +291,7 @@ class LinearWalk {
     const LinearAt next = following(where);
     ahead.add(in_.raw_v(next, column).ahead(next.n, width));
     ahead.add(in_.out(next, column).ahead(next.n, width));
+    if (T::kChannel && panel == 0) ahead.add(in_.raw_decay(next).ahead(next.n, T::kD));
     bool bad;
     if constexpr (kDelta) {
       bad = solve(rows, n, width, s, v, left);

@@ -89,7 +89,7 @@ struct LinearRun {
 
 // Rows of some operands that come next, fetched by products: column after column of lines.
 class LinearFetch {
-  LinearAhead parts_[4];
+  LinearAhead parts_[5];
   int count_ = 0, part_ = 0, row_ = 0, column_ = 0;
 
  public:
