@@ -32,6 +32,13 @@ inline Tensor allocate_like(const TensorView& like, const int64_t* size, int32_t
   return allocate(size, stride, 4, dtype, Place::of(like));
 }
 
+// The same for calls that take less time than the first touch of their results.
+inline Tensor allocate_pooled_like(const TensorView& like, const int64_t* size, int32_t dtype,
+                                   int64_t* stride) {
+  dense_strides_like(like.stride, size, stride);
+  return allocate_pooled(size, stride, 4, dtype, Place::of(like));
+}
+
 // A `Tensor?` argument: null, or a heap cell that the callee frees.
 inline Tensor take_optional(StableIValue& value) {
   auto* cell = std::bit_cast<StableIValue*>(std::exchange(value, 0));

@@ -23,7 +23,7 @@ void linear_forward(StableIValue* stack, uint64_t, uint64_t) {
   p.fault = &fault;
   p.captures = captures.data();
   p.capture_count = static_cast<int32_t>(captures.count());
-  Tensor out = allocate_like(call.v(), call.v().size, kernel.info.dtype, p.out_stride);
+  Tensor out = allocate_pooled_like(call.v(), call.v().size, kernel.info.dtype, p.out_stride);
   Tensor state =
       want_state ? allocate_pooled(call.state_size(), 4, call.accumulator(), Place::of(call.q()))
                  : undefined_tensor();
@@ -54,7 +54,7 @@ class HookGradients {
     for (int hook = 0; hook < kHooks; ++hook) {
       const int64_t rank = hook == kDecayMod ? call.decay_rank() : 4;
       for (uint64_t n = info.grad_mask >> (8 * hook) & 255; n > 0; --n) {
-        grads_.push_back(allocate_contiguous(size[hook], rank, call.accumulator()));
+        grads_.push_back(allocate_pooled(size[hook], rank, call.accumulator()));
         data_.push_back(grads_.back().data());
       }
     }
@@ -121,7 +121,7 @@ void linear_backward(StableIValue* stack, uint64_t, uint64_t) {
   const auto result = [&](int bit, bool exists, const int64_t* size, int64_t rank, int32_t dtype,
                           void** data) {
     if ((wanted & bit) == 0 || !exists) return undefined_tensor();
-    Tensor grad = allocate_contiguous(size, rank, dtype);
+    Tensor grad = allocate_pooled(size, rank, dtype);
     *data = grad.data();
     return grad;
   };

@@ -186,14 +186,14 @@ void statistics_forward(StableIValue* stack, uint64_t, uint64_t) {
   const bool causal = take_bool(stack[5]), save = take_bool(stack[6]);
   call.check(kernel, causal);
   ae_statistics_params& p = call.p;
-  Tensor y = allocate_like(call.w(), call.w().size, kernel.info.dtype, p.y_stride);
+  Tensor y = allocate_pooled_like(call.w(), call.w().size, kernel.info.dtype, p.y_stride);
   p.y = y.data();
   Tensor logits = undefined_tensor(), statistics = undefined_tensor();
   if (save) {
     const int64_t tokens[3] = {call.rows(), p.H, AE_STATISTICS_BLOCK};
     const int64_t sums[3] = {call.statistics_rows(), p.H, row_width(kernel.info.D)};
-    logits = allocate_contiguous(tokens, 3, call.accumulator());
-    statistics = allocate_contiguous(sums, 3, call.accumulator());
+    logits = allocate_pooled(tokens, 3, call.accumulator());
+    statistics = allocate_pooled(sums, 3, call.accumulator());
     p.logits = logits.data();
     p.statistics = statistics.data();
     // What no token writes must not differ from run to run: they are results too.
@@ -254,7 +254,7 @@ void statistics_step(StableIValue* stack, uint64_t, uint64_t) {
     static_cast<int64_t*>(moved.data())[b] = here + p.N;
   }
   p.position = positions.data();
-  Tensor y = allocate_like(call.w(), call.w().size, kernel.info.dtype, p.y_stride);
+  Tensor y = allocate_pooled_like(call.w(), call.w().size, kernel.info.dtype, p.y_stride);
   p.y = y.data();
   if (!call.empty()) call.launch(kernel);
   stack[0] = y.give();
@@ -290,7 +290,7 @@ void statistics_backward(StableIValue* stack, uint64_t, uint64_t) {
   expect_shape(dyv, call.w().size, 4, "the shape of w");
   p.dy = const_data(dy);
   copy4(p.dy_stride, dyv.stride);
-  Tensor dw = allocate_like(call.w(), call.w().size, kernel.info.dtype, p.dw_stride);
+  Tensor dw = allocate_pooled_like(call.w(), call.w().size, kernel.info.dtype, p.dw_stride);
   p.dw = dw.data();
   const int64_t sizes[2] = {p.H, p.bias_tokens};
   Tensor dtemp = allocate_contiguous(sizes, 1, call.accumulator());

@@ -2,6 +2,8 @@
 // of a fresh block are cleared at their first touch, which takes three times as long as a decode
 // step that writes its states there.
 #pragma once
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstddef>
@@ -20,7 +22,7 @@ namespace ae {
 class MemoryPool {
  public:
   static constexpr int64_t kPage = int64_t{2} << 20;
-  static constexpr int64_t kKeptBytes = int64_t{256} << 20;
+  static constexpr int64_t kMostKept = int64_t{1} << 30;
 
   struct Block {
     void* data;
@@ -78,6 +80,13 @@ class MemoryPool {
   static bool before(const Block* a, const Block* b) {
     return a->bytes != b->bytes ? a->bytes < b->bytes : a->age > b->age;
   }
+  // A thirty-second of the machine's memory.
+  static int64_t first_limit() {
+    const int64_t pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGE_SIZE);
+    if (pages <= 0 || page <= 0) return kPage;
+    return std::min(pages / 32 * page, kMostKept);
+  }
+
   int take_all(Block** to) {
     int count = 0;
     for (auto& slot : slots_) {
@@ -112,7 +121,7 @@ class MemoryPool {
   }
 
   std::atomic<Block*> slots_[kSlots] = {};
-  std::atomic<int64_t> kept_{0}, limit_{kKeptBytes}, clock_{0};
+  std::atomic<int64_t> kept_{0}, limit_{first_limit()}, clock_{0};
 };
 
 }  // namespace ae

@@ -157,17 +157,15 @@ inline Tensor allocate_contiguous(const int64_t* size, int64_t rank, int32_t dty
 }
 
 // A large result on the CPU, in memory of the process's pool, which it goes back to with the last
-// tensor that uses it: where each result replaces the last, two blocks are used in turns. torch
-// cannot make the storage of such a tensor larger (resize_), which it says.
-inline Tensor allocate_pooled(const int64_t* size, int64_t rank, int32_t dtype,
-                              Place place = Place::cpu()) {
+// tensor that uses it: where each result replaces the last, two blocks are used in turns. Dense.
+// torch cannot make the storage of such a tensor larger (resize_), which it says.
+inline Tensor allocate_pooled(const int64_t* size, const int64_t* stride, int64_t rank,
+                              int32_t dtype, Place place) {
   MemoryPool& pool = MemoryPool::of_process();
   const int64_t bytes = element_count(size, rank) * element_bytes(dtype);
   if (!place.is_cpu() || bytes < kLargeBufferBytes || bytes > pool.limit()) {
-    return allocate_contiguous(size, rank, dtype, place);
+    return allocate(size, stride, rank, dtype, place);
   }
-  int64_t stride[AE_MAX_RANK];
-  contiguous_strides(size, rank, stride);
   const auto give = [](void*, void* block) {
     MemoryPool::of_process().give(static_cast<MemoryPool::Block*>(block));
   };
@@ -178,6 +176,13 @@ inline Tensor allocate_pooled(const int64_t* size, int64_t rank, int32_t dtype,
                            -1, &handle, aoti_torch_layout_strided(), nullptr, 0, give, block));
   poison(block->data, bytes);
   return Tensor(handle);
+}
+
+inline Tensor allocate_pooled(const int64_t* size, int64_t rank, int32_t dtype,
+                              Place place = Place::cpu()) {
+  int64_t stride[AE_MAX_RANK];
+  contiguous_strides(size, rank, stride);
+  return allocate_pooled(size, stride, rank, dtype, place);
 }
 
 // Python's None. Returning it is 0.5 us cheaper than an empty tensor.
