@@ -101,7 +101,10 @@ def linear_candidates(key: LinearKey, traced: TracedLinear, isa: str) -> list[Li
             )
     arch = CPU[isa]
     work = _hook_work(key, traced, arch)
-    plans = [_candidate(key, arch, chunk, work) for chunk in CHUNKS]
+    # What a chunk takes from the next, or from the state, keeps chunks in order.
+    ordered = r.delta or key.kind == "backward" and (r.normalizer or "out_mod" in traced.hooks)
+    scan = 0 if ordered else SCAN_TASKS
+    plans = [_candidate(key, arch, chunk, work, scan) for chunk in CHUNKS]
     most = MAX_TILE_BYTES + 2 * _state_bytes(key)  # packed states stand beside the tiles
     legal = [p for p in plans if p.scratch_bytes <= most] or plans[:1]
     return sorted(legal, key=lambda p: (p.cost.total, p.chunk))
@@ -129,7 +132,9 @@ def _state_bytes(key: LinearKey) -> int:
     return r.d * (r.dv + r.normalizer) * _BYTES[r.accumulator]
 
 
-def _candidate(key: LinearKey, arch: CpuArch, chunk: int, hook_work: float) -> LinearPlan:
+def _candidate(
+    key: LinearKey, arch: CpuArch, chunk: int, hook_work: float, scan_tasks: int
+) -> LinearPlan:
     r = key.request
     c, d, dv = chunk, r.d, r.dv
     backward = key.kind == "backward"
@@ -202,15 +207,14 @@ def _candidate(key: LinearKey, arch: CpuArch, chunk: int, hook_work: float) -> L
         reasons.append(f"channel decays are multiplied up inside blocks of {BLOCK} tokens")
     if backward:
         reasons.append("states are computed again and kept, one for each chunk of a sequence")
-    scan_tasks = 0 if backward or r.delta else SCAN_TASKS
     scan_bytes = arch.l2_bytes // 4
     if scan_tasks:
         reasons.append(
             f"of {scan_tasks} or fewer walks (sequences x heads x columns, by length) the chunks "
             f"are tasks, their states in memory, {scan_bytes} bytes for each thread"
         )
-    elif r.delta and not backward:
-        reasons.append("chunks follow each other: what the delta rule writes depends on the state")
+    else:
+        reasons.append("chunks follow each other: they take more from the state than its decay")
     channel = r.decay_kind == "channel"
     sizes = Sizes(d, dv, c, acc, mul, arch.register_bytes, channel, r.delta, r.normalizer)
     return LinearPlan(

@@ -7,6 +7,8 @@
 // adjoint of the state; linear_backward_head.h has the formulas. Where the value heads of a key
 // head are in several blocks, a second step adds up dq and dk in the order of the blocks.
 //
+// Where tasks are few and sequences long, chunks are tasks (linear_backward_scan.h).
+//
 // Everything is linear in dO and the final state's gradient, so the scale of the scores is left
 // out: dO is taken as it is, the final state's gradient divided by the scale, and results are
 // multiplied by it. A scale of 0 counts as 1 with dO = 0. Under a normalizer the scale cancels, but
@@ -14,6 +16,7 @@
 #pragma once
 #include "cpu/linear_backward_channel.h"
 #include "cpu/linear_backward_head.h"
+#include "cpu/linear_backward_scan.h"
 #include "cpu/linear_backward_shared.h"
 
 namespace ae {
@@ -29,6 +32,7 @@ class LinearBackward {
   using Keys = std::conditional_t<X::kChannel, LinearBackwardChannel<Plan, Fn>,
                                   LinearBackwardShared<Plan, Fn>>;
   using Step = LinearBackwardStep<Plan, Fn, Keys>;
+  using Scan = LinearBackwardScan<Plan, Fn, Keys>;
   static constexpr int W = X::W, C = X::C, D = X::kD, kDp = X::kDp, kVp = X::kVp;
   static_assert(Plan::kScratchBytes == sizeof(Scratch), "the plan's scratch formula");
 
@@ -41,10 +45,20 @@ class LinearBackward {
         factor_(Plan::kNormalizer || mute_ ? A(1) : A(p.scale)),
         io_(p, env_, factor_, mute_) {}
 
-  int64_t workspace_bytes() const { return cut_.total_bytes(p_); }
+  int64_t workspace_bytes() const {
+    if constexpr (Scan::kEver) {
+      if (const auto scan = Scan::cut(p_, cut_); scan.used) return 64 + Scan::bytes(p_, scan);
+    }
+    return cut_.total_bytes(p_);
+  }
 
   void run(void* workspace, ae_parallel_for parallel_for) {
     base_ = reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(workspace), 64));
+    if constexpr (Scan::kEver) {
+      if (const auto scan = Scan::cut(p_, cut_); scan.used) {
+        return Scan(io_, p_, scan, factor_, base_).run(parallel_for);
+      }
+    }
     const auto each = [&](int64_t n, auto task) {
       if (n <= 0) return;
       parallel_for(

@@ -37,6 +37,10 @@ class LinearBackwardChannel {
 
   // ---- of the key head ----
   void load_keys(const LinearAt& at, const LinearAt& next) const { io_.load_k(at, next, x_.k); }
+  void load_query_rows(const LinearAt& at, const LinearAt& next) const {
+    io_.load_q(at, next, x_.q);
+    Tile::clear(x_.k, C * kDp);
+  }
   void load_queries(const LinearAt& at, const LinearAt& next) const {
     io_.load_q(at, next, x_.q);
     Tile::clear(x_.dq, C * kDp);

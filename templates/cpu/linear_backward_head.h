@@ -71,17 +71,37 @@ class LinearBackwardStep {
     if constexpr (kNormalizer) keys_.add_z(at.n, head.z);
   }
 
-  // `next`: what follows.
-  void backward(const LinearAt& at, const LinearAt& next, const Head& head, int64_t c) const {
+  // Gradients of the chunk. `next`: what follows.
+  void gradients(const LinearAt& at, const LinearAt& next, const Head& head, int64_t c) const {
     keys_.load_decays(at, true);
     keys_.scores(at.n, true);
     if constexpr (kDelta) {
       system(at);
-      backward(at, next, head, c, head.written(c));
+      gradients(at, next, head, c, head.written(c));
     } else {
       io_.load_v(at, next, v_tile());
-      backward(at, next, head, c, v_tile());
+      gradients(at, next, head, c, v_tile());
     }
+  }
+  // And U before it.
+  void backward(const LinearAt& at, const LinearAt& next, const Head& head, int64_t c) const {
+    gradients(at, next, head, c);
+    move_adjoint(at.n, head);
+  }
+
+  // What a chunk adds to the state, and to U, in `state`; its decay is then in the scratch.
+  void add(const LinearAt& at, const LinearAt& next, A* state) const {
+    keys_.load_decays(at, false);
+    io_.load_v(at, next, v_tile());
+    Tile::template by_scaled_row<kVp>(v_tile(), x_.scaled_row, at.n, x_.gates.f);
+    Tile::clear(state, int64_t(D) * kVp);
+    keys_.add_keys(at.n, x_.scaled_row, state);
+  }
+  void add_adjoint(const LinearAt& at, const LinearAt& next, A* state) const {
+    keys_.load_decays(at, true);
+    io_.load_dout(at, next, dout_tile());
+    Tile::clear(state, int64_t(D) * kVp);
+    move_adjoint(at.n, Head{state});
   }
 
  private:
@@ -102,8 +122,8 @@ class LinearBackwardStep {
   }
 
   template <class E>
-  void backward(const LinearAt& at, const LinearAt& next, const Head& head, int64_t c,
-                const E* written) const {
+  void gradients(const LinearAt& at, const LinearAt& next, const Head& head, int64_t c,
+                 const E* written) const {
     const int n = at.n;
     if constexpr (kNormalizer) denominators(n, head.z_of(c));
     io_.load_dout(at, next, dout_tile());
@@ -122,7 +142,6 @@ class LinearBackwardStep {
     io_.store_v(at, next, x_.dv);
 
     keys_.gradients(at, head, c);
-    move_adjoint(n, head);
   }
 
   __attribute__((noinline)) void keep(const Head& head, int64_t c) const {

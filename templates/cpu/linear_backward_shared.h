@@ -32,6 +32,11 @@ class LinearBackwardShared {
     Tile::template by_column<kDp>(nat, kDp, x_.k_col);
     if constexpr (X::kDelta) Tile::lower_scores(at.n, D, nat, kDp, x_.k_col, x_.kk);
   }
+  // Only what U takes.
+  void load_query_rows(const LinearAt& at, const LinearAt& next) const {
+    io_.load_q(at, next, x_.q);
+    Tile::template by_row<kDp>(x_.q, x_.q_row, C);
+  }
   void load_queries(const LinearAt& at, const LinearAt& next) const {
     io_.load_q(at, next, x_.q);
     q_bad_ = Tile::any_bad(x_.q, at.n, kDp, kDp);

@@ -44,7 +44,7 @@ class LinearForward {
  public:
   static int64_t workspace_bytes(const ae_linear_params& p) {
     const LinearCut<Plan> cut(p);
-    const LinearScanCut<Plan> scan(p, cut);
+    const LinearScanCut<Plan> scan = LinearScan<Plan, Fn>::cut(p);
     // And room to align the base.
     return 64 + (scan.used ? LinearScan<Plan, Fn>::bytes(p, scan) : p.threads * worker_bytes(cut));
   }
@@ -59,7 +59,7 @@ class LinearForward {
 
   void run(ae_parallel_for parallel_for) {
     if constexpr (LinearScanCut<Plan>::kEver) {
-      const LinearScanCut<Plan> scan(p_, cut_);
+      const LinearScanCut<Plan> scan = LinearScan<Plan, Fn>::cut(p_);
       if (scan.used) return LinearScan<Plan, Fn>(in_, scan, base_).run(parallel_for);
     }
     if (cut_.tasks > 0) parallel_for(cut_.tasks, p_.threads, &work_task, this);

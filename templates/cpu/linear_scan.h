@@ -13,6 +13,7 @@ struct LinearSlot {
   using T = LinearTypes<Plan>;
   using Acc = typename T::Acc;
   static constexpr int64_t kState = T::kPanels * T::kPanelState;
+  static constexpr int64_t kHead = kState + (Plan::kNormalizer ? 2 : 1) * T::kDPitch;
 
   Acc *states, *sums_z, *decays;
 
@@ -184,15 +185,16 @@ class LinearScan {
         workers_(workspace),
         slots_(workers_ + p_.threads * kWorker),
         carried_(slots_ + cut.span * p_.Hk * cut.slot_bytes),
-        first_((int64_t*)(carried_ + p_.Hk * cut.slot_bytes)) {}
+        chunks_(p_, T::kChunk, (int64_t*)(carried_ + p_.Hk * cut.slot_bytes)) {}
 
+  static Cut cut(const ae_linear_params& p) {
+    return Cut(p, LinearCut<Plan>(p).sequence_tasks, Slot::kHead);
+  }
   static int64_t bytes(const ae_linear_params& p, const Cut& cut) {
     return p.threads * kWorker + cut.shared_bytes(p);
   }
 
   void run(ae_parallel_for parallel_for) {
-    first_[0] = 0;
-    for (int64_t i = 0; i < p_.sequences; ++i) first_[i + 1] = first_[i] + Cut::chunks_of(p_, i);
     for (begin_ = 0; begin_ < cut_.chunks; begin_ = end_) {
       end_ = begin_ + cut_.span < cut_.chunks ? begin_ + cut_.span : cut_.chunks;
       const int64_t runs = (end_ - begin_ + cut_.run - 1) / cut_.run * p_.Hk;
@@ -207,22 +209,12 @@ class LinearScan {
   const ae_linear_params& p_;
   const Cut& cut_;
   char *const workers_, *const slots_, *const carried_;
-  int64_t* const first_;  // chunk of each sequence, and the end
+  const LinearChunks chunks_;
   int64_t begin_ = 0, end_ = 0;
 
   char* slot(int64_t chunk, int64_t hk) const {
     return slots_ + ((chunk - begin_) * p_.Hk + hk) * cut_.slot_bytes;
   }
-  // The sequence of a chunk: the last that does not begin after it.
-  int64_t sequence_of(int64_t chunk) const {
-    int64_t low = 0, high = p_.sequences;
-    while (high - low > 1) {
-      const int64_t middle = (low + high) / 2;
-      (first_[middle] <= chunk ? low : high) = middle;
-    }
-    return low;
-  }
-
   // ---- steps 1 and 3: chunks by themselves ----
   template <bool kOutputs>
   static void run_task(void* self, int64_t index, int32_t worker) {
@@ -233,18 +225,17 @@ class LinearScan {
     const int64_t hk = index % p_.Hk;
     int64_t chunk = begin_ + index / p_.Hk * cut_.run;
     const int64_t end = chunk + cut_.run < end_ ? chunk + cut_.run : end_;
-    for (int64_t s = sequence_of(chunk); chunk < end; ++s) {
-      const int64_t stop = first_[s + 1] < end ? first_[s + 1] : end;
-      const bool last = stop == first_[s + 1];
+    for (int64_t s = chunks_.sequence_of(chunk); chunk < end; ++s) {
+      const int64_t stop = chunks_.end(s) < end ? chunks_.end(s) : end;
       LinearTask task = task_of(s, chunk, stop, hk);
       // Nobody reads what follows the last chunk.
-      if (!kOutputs && last && p_.final_state == nullptr) {
+      if (!kOutputs && stop == chunks_.end(s) && p_.final_state == nullptr) {
         task.length = (stop - 1 - chunk) * T::kChunk;
       }
       LinearScanWalk<Plan, Fn> walk(in_, task, workers_ + worker * kWorker, slot(chunk, hk),
                                     p_.Hk * cut_.slot_bytes);
       if constexpr (kOutputs) {
-        walk.outputs(chunk == first_[s] && p_.state == nullptr);
+        walk.outputs(chunk == chunks_.first(s) && p_.state == nullptr);
       } else {
         walk.add();
       }
@@ -255,12 +246,8 @@ class LinearScan {
     LinearTask x;
     x.sequence = sequence;
     x.b = p_.first != nullptr ? 0 : sequence;
-    const int64_t start = p_.first != nullptr ? p_.first[sequence] : 0;
-    const int64_t length = p_.first != nullptr ? p_.first[sequence + 1] - start : p_.L;
-    const int64_t from = (chunk - first_[sequence]) * T::kChunk;
-    const int64_t to = (stop - first_[sequence]) * T::kChunk;
-    x.first = start + from;
-    x.length = (to < length ? to : length) - from;
+    x.first = chunks_.token(sequence, chunk);
+    x.length = chunks_.token(sequence, stop - 1) + chunks_.tokens(sequence, stop - 1) - x.first;
     x.hk = hk;
     x.head = hk * cut_.group;
     x.heads = cut_.group;
@@ -280,13 +267,12 @@ class LinearScan {
     const int64_t hk = h / cut_.group, j = h % cut_.group;
     const Slot carried(carried_ + hk * cut_.slot_bytes, cut_.group);
     Acc *state = carried.state(j), *z = carried.z(j);
-    for (int64_t c = begin_, s = sequence_of(c); c < end_; ++c) {
-      if (c == first_[s + 1]) ++s;
+    for (int64_t c = begin_, s = chunks_.sequence_of(c); c < end_; ++c) {
+      if (c == chunks_.end(s)) ++s;
       const Slot x(slot(c, hk), cut_.group);
-      if (c == first_[s]) load(s, h, first, end, state, z);
-      const bool last = c + 1 == first_[s + 1], wanted = !last || p_.final_state != nullptr;
-      const bool live = p_.first == nullptr || p_.first[s] < p_.first[s + 1];
-      if (live) {
+      if (c == chunks_.first(s)) load(s, h, first, end, state, z);
+      const bool last = c + 1 == chunks_.end(s), wanted = !last || p_.final_state != nullptr;
+      if (chunks_.tokens(s, c) > 0) {
         const Acc* next = c + 1 < end_ ? Slot(slot(c + 1, hk), cut_.group).state(j) : x.state(j);
         step(first, end, x.decay(j), x.state(j), next, state, wanted);
         if constexpr (Plan::kNormalizer) step_z(first, end, x.decay(j), x.z(j), z, wanted);
