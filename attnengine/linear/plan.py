@@ -20,9 +20,9 @@ MAX_DIM = 1024  # of k and of v
 CHUNKS = (16, 32, 48, 64, 96, 128, 192, 256)
 MAX_TILE_BYTES = 4 << 20  # of a worker's tiles: they must stay near the core
 # The walk of a sequence takes one core. Where a call has at most so many walks, its chunks are
-# tasks with their states in memory: a tenth more work on one core (64/64 in fp32; none at 128/128,
-# where columns need not be tasks), for a gain of cores / walks on more.
-SCAN_TASKS = VIRTUAL_WORKERS // 4
+# tasks with their states in memory: a fifth more work at 64/64 in fp32, an eighth at 128/128, for a
+# gain of cores / walks.
+SCAN_TASKS = VIRTUAL_WORKERS // 8
 _BYTES = {"f32": 4, "f64": 8, "bf16": 2}
 
 

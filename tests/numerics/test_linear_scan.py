@@ -49,7 +49,7 @@ def test_chunks_are_tasks() -> None:
     for name in ("f32-scalar", "f32-channel-gates", "f32-features-sum", "bf16-scalar"):
         p = problem(FAMILIES[name], 0, B=1, heads=(1, 1), L=20, lengths=())
         text = ae.explain(p.spec, p.q, p.k, p.v, decay=p.decay).split("== backward plan")[0]
-        assert "of 8 or fewer walks" in text
+        assert "of 4 or fewer walks" in text
         chosen = text.split("chosen: chunks of ")[1].split()[0]
         assert 15 * int(chosen) < LONG
 
