@@ -82,7 +82,7 @@ class LinearForward {
   void work(int64_t index, int32_t worker) {
     LinearTask task = cut_.task(p_, index);
     char* scratch = base_ + worker * worker_bytes_;
-    if (task.length <= kStepTokens) {
+    if (task.length <= kStepTokens<Plan>) {
       // One step reads whole rows of the state where that leaves enough tasks.
       if (task.length == 1 && cut_.tasks / cut_.column_blocks >= Plan::kVirtualWorkers / 2) {
         if (task.panel != 0) return;

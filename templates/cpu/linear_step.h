@@ -12,9 +12,10 @@
 namespace ae {
 
 // Sequences of at most so many tokens. More are faster in chunks: each token costs a pass over the
-// state, at a third of the rate of a product.
-constexpr int kStepTokens = 4;
-static_assert(kStepTokens <= kLinearBlock);
+// state, at a third of the rate of a product, and two under the delta rule.
+template <class Plan>
+constexpr int kStepTokens = Plan::kDelta || Plan::kChunk < 32 ? 4 : 8;
+static_assert(8 <= kLinearBlock);
 
 template <class Plan, class Fn>
 class LinearStep {
@@ -92,7 +93,7 @@ class LinearStep {
     auto* to = (Acc*)p_.final_state;
     if (to != nullptr) to += (task_.sequence * p_.H + where.h) * kD * kRow;
     if (where.n == 0) return copy(from, to);
-    constexpr int kTokens = int(round_up(kStepTokens, W));
+    constexpr int kTokens = int(round_up(kStepTokens<Plan>, W));
     if constexpr (T::kScalar) in_.scalar_decay(where, a_, nullptr, kTokens);
     if constexpr (T::kChannel) {
       for (int t = 0; t < where.n; ++t) in_.channel_decay(where, t, at(kAt.a) + t * kPitch);
@@ -135,7 +136,7 @@ class LinearStep {
 
   // z, the last column, token by token, and the denominators.
   void normalize(const LinearAt& where, const Acc* from, Acc* to) {
-    Acc den[kStepTokens]{};
+    Acc den[kStepTokens<Plan>]{};
     for (int d = 0; d < kD; ++d) {
       // The lines of a column: they are far apart, and the rows come next.
       if (from != nullptr) __builtin_prefetch(from + (d + 16) * p_.state_stride[2] + T::kDv);
@@ -262,6 +263,8 @@ class LinearStep {
     static constexpr Acc kZeros[N * W]{};
     Acc* sums = at(kAt.sums);
     const int64_t pitch = N * W;
+    // The tokens' sums and values have the room of a chunk's, which is a panel wide.
+    static_assert(kStepTokens<Plan> * N * W <= T::kChunk * T::kPanel || N * W > T::kDv);
     const auto values = in_.v(where, column, width, at(kAt.v_stage), pitch);
     // No initial state: a row of zeros again and again.
     const Acc* from = initial != nullptr ? initial + column : kZeros;

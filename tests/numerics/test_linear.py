@@ -38,7 +38,7 @@ def test_packed(name: str) -> None:
     verify(problem(FAMILIES[name], 2, heads=(2, 2), lengths=(0, 1, 65, 17)))
 
 
-@pytest.mark.parametrize("L", [0, 1, 2, 16, 17, 65])
+@pytest.mark.parametrize("L", [0, 1, 2, 8, 16, 17, 65])
 @pytest.mark.parametrize("name", CORES)
 def test_lengths(name: str, L: int) -> None:
     verify(problem(FAMILIES[name], 10 + L, B=1, heads=(1, 2), L=L, lengths=()))
