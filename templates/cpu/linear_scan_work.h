@@ -11,9 +11,9 @@
 // The products are those of the walk, in another order; what it costs is that states go through
 // memory and that k, v and decays are read twice. So the chunks, of all sequences in one list, are
 // taken in spans whose states stay near the cores: Plan::kScanBytes for each thread, or kLeastSlots
-// chunks where those are more. What runs over from one span to the next is one state of each head.
-// Whether chunks are tasks depends on the sizes alone. How long a span is depends on the threads,
-// and changes no result.
+// chunks where those are more; kLonger times that where several threads wait for each other. What
+// runs over from one span to the next is one state of each head. Whether chunks are tasks depends
+// on the sizes alone. How long a span is depends on the threads, and changes no result.
 #pragma once
 #include "cpu/linear_work.h"
 
@@ -70,9 +70,11 @@ struct LinearScanCut {
   static constexpr bool kEver = Plan::kScanTasks > 0;
   static constexpr int64_t kLeastChunks = 16;  // of the longest sequence
   static constexpr int64_t kLeastSlots = 2;    // of a thread
-  static constexpr int64_t kRuns = 4;          // tasks of a thread in a span
-  static constexpr int64_t kLongestRun = 8;    // chunks of a task
-  static constexpr int kRows = 4;              // of a state, that a task of step 2 takes
+  // Threads wait for each other three times in a span: with a core that others use too, 10 ms each.
+  static constexpr int64_t kLonger = 8;
+  static constexpr int64_t kRuns = 4;        // tasks of a thread in a span
+  static constexpr int64_t kLongestRun = 8;  // chunks of a task
+  static constexpr int kRows = 4;            // of a state, that a task of step 2 takes
   static constexpr int kRowBlocks = (T::kD + kRows - 1) / kRows;
 
   bool used = false;
@@ -97,6 +99,7 @@ struct LinearScanCut {
     for (int64_t i = 0; i < p.sequences; ++i) chunks += LinearChunks::count(p, T::kChunk, i);
     int64_t slots = Plan::kScanBytes / slot_bytes;
     slots = p.threads * (slots < kLeastSlots ? kLeastSlots : slots);
+    if (p.threads > 1) slots *= kLonger;
     const int64_t spans = (chunks * p.Hk + slots - 1) / slots;
     span = (chunks + spans - 1) / spans;
     run = (span * p.Hk + kRuns * p.threads - 1) / (kRuns * p.threads);
