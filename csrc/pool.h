@@ -36,15 +36,19 @@ class MemoryPool {
   }
 
   // A block of whole pages: the smallest free one of `bytes` to `most` bytes, of several the
-  // newest, or a new one.
-  Block* take(int64_t bytes, int64_t most) {
-    if (kept() >= bytes) {
+  // newest, or a new one; with `replace` in the place of the largest free one.
+  Block* take(int64_t bytes, int64_t most, bool replace = false) {
+    if (kept() >= (replace ? 1 : bytes)) {
       Block* free[kSlots + 1];
       const int count = take_all(free);
       Block* best = nullptr;
       for (int i = 0; i < count; ++i) {
         const bool fits = free[i]->bytes >= bytes && free[i]->bytes <= most;
         if (fits && (best == nullptr || before(free[i], best))) std::swap(best, free[i]);
+      }
+      if (best == nullptr && replace && count > 0) {
+        const auto smaller = [](const Block* a, const Block* b) { return a->bytes < b->bytes; };
+        drop(std::exchange(*std::max_element(free, free + count, smaller), nullptr));
       }
       put_back(free, count);
       if (best != nullptr) return best;
@@ -72,6 +76,8 @@ class MemoryPool {
   int64_t limit() const { return limit_.load(std::memory_order_relaxed); }
   int64_t kept() const { return kept_.load(std::memory_order_relaxed); }
 
+  // Of the block for so many bytes: an eighth may be left unused, beside the rest of a page.
+  static int64_t most_for(int64_t bytes) { return whole_pages(bytes + bytes / 8); }
   static int64_t whole_pages(int64_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
 
  private:
@@ -98,14 +104,17 @@ class MemoryPool {
     }
     return count;
   }
+  static void drop(Block* block) {
+    std::free(block->data);
+    delete block;
+  }
   // The newest first, as far as they may stay; frees the others. Null: no block.
   void put_back(Block** blocks, int count) {
     Block** end = std::remove(blocks, blocks + count, nullptr);
     std::sort(blocks, end, [](const Block* a, const Block* b) { return a->age > b->age; });
     for (Block** block = blocks; block != end; ++block) {
       if (put(*block)) continue;
-      std::free((*block)->data);
-      delete *block;
+      drop(*block);
     }
   }
   bool put(Block* block) {

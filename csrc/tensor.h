@@ -169,8 +169,7 @@ inline Tensor allocate_pooled(const int64_t* size, const int64_t* stride, int64_
   const auto give = [](void*, void* block) {
     MemoryPool::of_process().give(static_cast<MemoryPool::Block*>(block));
   };
-  // At most an eighth of a block is left unused, beside the rest of a page.
-  MemoryPool::Block* block = pool.take(bytes, MemoryPool::whole_pages(bytes + bytes / 8));
+  MemoryPool::Block* block = pool.take(bytes, MemoryPool::most_for(bytes));
   AtenTensorHandle handle;  // the CPU has no number here
   AE_TORCH(torch_from_blob(block->data, rank, size, stride, 0, types.to_torch[dtype], place.type,
                            -1, &handle, aoti_torch_layout_strided(), nullptr, 0, give, block));

@@ -1,6 +1,7 @@
 // Scratch memory for launches: small requests reuse one buffer per thread, large ones blocks of the
 // process's pool.
 #pragma once
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -15,10 +16,15 @@ inline constexpr int64_t kCachedWorkspaceBytes = int64_t{1} << 20;
 inline constexpr size_t kWorkspaceAlignment = 4096;  // a page: the same L1 sets at every run
 
 // A large buffer of the process's pool, so that layers which run one after the other touch fresh
-// pages once.
+// pages once. Where none is large enough, the largest makes room; so does one of which much would
+// be left unused.
 class LargeBuffer {
  public:
-  explicit LargeBuffer(int64_t bytes) : block_(pool().take(bytes, INT64_MAX)) {}
+  // Of blocks that may be much too large.
+  static constexpr int64_t kAnyBytes = int64_t{64} << 20;
+
+  explicit LargeBuffer(int64_t bytes)
+      : block_(pool().take(bytes, std::max(MemoryPool::most_for(bytes), kAnyBytes), true)) {}
   LargeBuffer(const LargeBuffer&) = delete;
   LargeBuffer& operator=(const LargeBuffer&) = delete;
   ~LargeBuffer() { pool().give(block_); }

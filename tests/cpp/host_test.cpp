@@ -182,6 +182,14 @@ void test_memory_pool() {
   pool.keep_at_most(0);
   CHECK(pool.kept() == 0);
 
+  pool.keep_at_most(1000 * kMega);
+  pool.give(pool.take(4 * kMega, INT64_MAX, true));
+  pool.give(pool.take(6 * kMega, 6 * kMega));
+  CHECK(pool.kept() == 10 * kMega);
+  pool.give(pool.take(20 * kMega, INT64_MAX, true));  // in the place of the largest
+  CHECK(pool.kept() == 24 * kMega);
+  pool.keep_at_most(0);
+
   pool.keep_at_most(1000 * kMega);  // no more than a few blocks
   ae::MemoryPool::Block* many[20];
   for (auto*& block : many) block = pool.take(kMega, kMega);
