@@ -19,10 +19,10 @@ from .trace import TracedLinear
 MAX_DIM = 1024  # of k and of v
 CHUNKS = (16, 32, 48, 64, 96, 128, 192, 256)
 MAX_TILE_BYTES = 4 << 20  # of a worker's tiles: they must stay near the core
-# The walk of a sequence takes one core. Where a call has at most so many walks, its chunks are
-# tasks with their states in memory: a fifth more work at 64/64 in fp32, an eighth at 128/128, for a
-# gain of cores / walks.
-SCAN_TASKS = VIRTUAL_WORKERS // 8
+# The walk of a sequence takes one core. Where a call has less work than so many walks, its chunks
+# are tasks with their states in memory. On two cores one walk of 64/64 gains a fifth in fp32, a
+# tenth in bf16; two or four walks, which fill the cores, would lose two thirds.
+SCAN_TASKS = VIRTUAL_WORKERS // 16
 _BYTES = {"f32": 4, "f64": 8, "bf16": 2}
 
 
@@ -59,7 +59,7 @@ class LinearPlan:
     delta: bool
     normalizer: bool
     virtual_workers: int
-    scan_tasks: int  # chunks are tasks where there would be at most so many; 0: never
+    scan_tasks: int  # chunks are tasks where there would be fewer; 0: never
     scan_bytes: int  # states that are then in memory, of each thread
     scratch_bytes: int
     tensors: tuple[Tensor, ...]
@@ -210,7 +210,7 @@ def _candidate(
     scan_bytes = arch.l2_bytes // 4
     if scan_tasks:
         reasons.append(
-            f"of {scan_tasks} or fewer walks (sequences x heads x columns, by length) the chunks "
+            f"of fewer than {scan_tasks} walks (sequences x heads x columns, by length) the chunks "
             f"are tasks, their states in memory, {scan_bytes} bytes for each thread"
         )
     else:

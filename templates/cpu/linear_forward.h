@@ -19,7 +19,7 @@
 //     kD, kDv, kChunk            tokens of a chunk: a multiple of 16
 //     kDecay, kDelta, kNormalizer, kBf16Dot
 //     kVirtualWorkers            work is cut for so many, whatever the number of threads
-//     kScanTasks, kScanBytes     chunks are tasks where there would be at most so many (0: never);
+//     kScanTasks, kScanBytes     chunks are tasks where walks would be fewer (0: never);
 //                                states that are then in memory, for each thread
 //     kScratchBytes, kKey        of LinearForwardScratch; the digest of the kernel key
 //   struct Fn

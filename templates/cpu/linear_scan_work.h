@@ -92,7 +92,7 @@ struct LinearScanCut {
       const int64_t length = LinearChunks::length(p, i);
       longest = longest < length ? length : longest;
     }
-    used = longest > (kLeastChunks - 1) * T::kChunk && walks * tokens <= Plan::kScanTasks * longest;
+    used = longest > (kLeastChunks - 1) * T::kChunk && walks * tokens < Plan::kScanTasks * longest;
     if (!used) return;
     group = p.H / p.Hk;
     slot_bytes = linear_line(group * head * int64_t(sizeof(Acc)));

@@ -15,7 +15,7 @@ struct Plan {
   static constexpr bool kNormalizer = true;
   static constexpr bool kBf16Dot = false;
   static constexpr int kVirtualWorkers = 32;
-  static constexpr int kScanTasks = 4;
+  static constexpr int kScanTasks = 2;
   static constexpr int64_t kScanBytes = 262144;
   static constexpr int64_t kScratchBytes = 81920;
   static constexpr const char* kKey = "0d0f8c7d4484fff607eab837e03c03cedf5a35c7e1e8b65a71e036934aa7bc2e";

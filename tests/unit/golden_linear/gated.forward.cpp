@@ -15,7 +15,7 @@ struct Plan {
   static constexpr bool kNormalizer = false;
   static constexpr bool kBf16Dot = true;
   static constexpr int kVirtualWorkers = 32;
-  static constexpr int kScanTasks = 4;
+  static constexpr int kScanTasks = 2;
   static constexpr int64_t kScanBytes = 262144;
   static constexpr int64_t kScratchBytes = 172544;
   static constexpr const char* kKey = "34c4aa83ad032fb48b39d6cc49db739458413316ab74bc381649d92c5911966c";

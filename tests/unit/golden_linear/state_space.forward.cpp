@@ -15,7 +15,7 @@ struct Plan {
   static constexpr bool kNormalizer = false;
   static constexpr bool kBf16Dot = false;
   static constexpr int kVirtualWorkers = 32;
-  static constexpr int kScanTasks = 4;
+  static constexpr int kScanTasks = 2;
   static constexpr int64_t kScanBytes = 262144;
   static constexpr int64_t kScratchBytes = 28672;
   static constexpr const char* kKey = "02a3301b972b0c5fbb0ff75f233297d775bcc1fa305651c1001fd92c07b558bf";
