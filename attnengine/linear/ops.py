@@ -160,12 +160,15 @@ def apply(
 # -- fakes of the C++ operators --------------------------------------------------------------------
 
 
-def _check(kernel: int, kind: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check(kernel: int, kind: str, q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> None:
     """What must hold of shapes and dtypes, which may be symbolic; the operator itself says more."""
     info = library.kernel_info(kernel)
     if info.kind != kind:
         raise ValueError(f"kernel={kernel} is a {info.kind} kernel, this operator needs a {kind}")
     check_place(q)
+    for name, x in zip(("k", "v", "decay", "beta", "state"), (k, v, *others), strict=True):
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, q on {q.device}: move it there")
     for name, x, width in (("q", q, info.D), ("k", k, info.D), ("v", v, info.Dv)):
         if x.dim() != 4 or x.dtype != info.dtype or x.shape[3] != width:
             raise ValueError(
@@ -200,7 +203,7 @@ def _forward_fake(
     scale: float,
     want_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    _check(kernel, "linear forward", q, k, v)
+    _check(kernel, "linear forward", q, k, v, decay, beta, state)
     out = _empty_like_layout(v, v.shape, q.dtype)
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     columns = v.shape[3] + _normalizer(kernel)
@@ -223,7 +226,7 @@ def _backward_fake(
     scale: float,
     wanted: int,
 ) -> tuple[Any, ...]:
-    _check(kernel, "linear backward", q, k, v)
+    _check(kernel, "linear backward", q, k, v, decay, beta, state)
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     tokens = v.shape[:3]
     decays = (*tokens, q.shape[3]) if decay is not None and decay.dim() == 4 else tokens

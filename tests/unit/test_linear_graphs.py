@@ -36,6 +36,14 @@ def handle(spec: ae.LinearAttentionSpec) -> LinearHandle:
     return prepared(spec)
 
 
+@pytest.mark.parametrize("name", ["k", "v", "decay"])
+def test_graphs_refuse_operands_on_two_devices(handle: LinearHandle, name: str) -> None:
+    x = operands()
+    x[name] = x[name].to("meta")
+    with pytest.raises(ValueError, match=f"{name} is on meta, q on cpu"):
+        ops._forward_fake(*x.values(), None, None, None, [], handle.id, 1.0, False)
+
+
 def test_opcheck(handle: LinearHandle) -> None:
     q, k, v, g = operands().values()
     state = torch.randn(2, 4, D, DV)
