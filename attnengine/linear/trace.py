@@ -62,6 +62,13 @@ class TracedLinear:
     pins: dict[str, int]
     _derived: dict[str, HookPullback | str] = field(default_factory=dict, compare=False, repr=False)
 
+    def __post_init__(self) -> None:
+        """Numbers the inputs of functors now: a variable in a source is named by its node, whether
+        derivatives or a source add to the graph first."""
+        elementwise.indices(self.graph, 4)
+        for name in ("x", "g"):
+            self.graph.input(name, self.dtype, vec=True)
+
     @property
     def dtype(self) -> str:
         """Of every hook's x and result."""

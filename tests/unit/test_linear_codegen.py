@@ -420,8 +420,11 @@ def test_serialized(name: str) -> None:
     meaning = serialize.load(text)
     assert meaning.isa is None and serialize.load(serialize.with_isa(text, "avx2")).isa == "avx2"
     assert meaning.traced.pins == t.pins and serialize.dump(meaning.traced) == text
+    derived = serialize.load(text).traced
+    derived.gradients()  # before its forward unit, which must not number its nodes
     for kind in ("forward", "backward"):
-        assert unit(meaning.traced, kind, isa) == unit(t, kind, isa)
+        made = unit(meaning.traced, kind, isa)
+        assert made == unit(t, kind, isa) == unit(derived, kind, isa)
 
 
 def test_damaged_text() -> None:
