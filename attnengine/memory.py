@@ -81,7 +81,7 @@ def keep_at_most(size: int) -> None:
     thirty-second of the machine's memory, 1 GB at most.
 
     Large workspaces on the CPU, and results and gradients of linear attention and token statistics,
-    from 4 MB on, go back to blocks that are kept, since the first touch of fresh memory takes
+    from 2 MB on, go back to blocks that are kept, since the first touch of fresh memory takes
     longer than such a call. torch cannot make the storage of such a result larger (``resize_``).
     The newest are kept; blocks of more than ``size`` bytes never are. 0 keeps none, and lets torch
     allocate the results. Raises ValueError for a negative number.

@@ -7,7 +7,7 @@
 
 namespace ae {
 
-inline constexpr int64_t kLargeBufferBytes = int64_t{4} << 20;
+inline constexpr int64_t kLargeBufferBytes = int64_t{2} << 20;
 
 // To be called before the buffer is touched. Only advice: where it is not followed, nothing
 // changes.

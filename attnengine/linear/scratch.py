@@ -52,6 +52,11 @@ def _round(n: int, to: int) -> int:
     return -(-n // to) * to
 
 
+def _pitch(n: int, size: int) -> int:
+    """``linear_pitch`` of ``templates/cpu/linear_backward_work.h``: of n elements, whole vectors."""
+    return n + (64 // size if n * size % 512 == 0 else 0)
+
+
 def line(n: int) -> int:
     """Every array starts on its own cache line."""
     return _round(n, 64)
@@ -88,7 +93,7 @@ def _backward(s: Sizes) -> Iterator[int]:
     """``LinearBackwardScratch`` of ``templates/cpu/linear_backward_work.h``."""
     c, a, m = s.chunk, s.accumulator, s.multiply
     width = _round(s.dv, s.lanes)
-    pitch = width + (64 // a if width * a % 512 == 0 else 0)
+    pitch = _pitch(width, a)
     rounds, delta, channel, shared = s.pairs == 2, s.delta, s.channel, not s.channel
     tile_d, tile_v, tile_c, rows_d = c * s.d_pitch, c * pitch, c * c, s.d_rows * c
     blocks = c // BLOCK
@@ -97,14 +102,14 @@ def _backward(s: Sizes) -> Iterator[int]:
     yield from [tile_d * a] * 4
     yield from [rounds * tile_d * m] * 4
     yield shared * tile_d * m
-    yield from [shared * tile_d * a] * 4
     yield from [shared * tile_c * a, shared * delta * tile_c * a] * 2
     # Of a value head.
     yield from [tile_v * a] * 3
-    yield from (rounds * tile_v * m, c * width * m) * 2
-    yield from (rounds * tile_v * m, tile_v * m)
-    yield from (rounds * s.d * pitch * m, rounds * s.d_rows * pitch * m)
-    yield from (tile_d * a, delta * tile_d * a)
+    yield from (rounds * tile_v * m, c * width * m)
+    yield from (rounds * tile_v * m, rounds * tile_v * m, tile_v * m)
+    state = _round(s.dv, s.pairs) * _pitch(s.d_pitch, a)
+    yield from (rounds * state * m, s.d_rows * pitch * m)
+    yield from (tile_d * a, (channel or delta) * tile_d * a)
     yield from [tile_c * a] * 2 + [delta * tile_c * a] * 3
     yield from (delta * c * BLOCK * a, delta * tile_v * a)
     yield from (rounds * tile_c * m, (rounds or s.normalizer) * tile_c * m)
@@ -114,7 +119,7 @@ def _backward(s: Sizes) -> Iterator[int]:
     yield from [channel * tile_d * a] * 2 + [keys * tile_d * a] * 2 + [channel * tile_d * a] * 2
     yield from [channel * rounds * tile_d * m] * 2 + [keys * rounds * tile_d * m] * 4
     yield from (channel * rows_d * a, channel * rounds * rows_d * m)
-    yield from [channel * tile_d * a] * 4
+    yield from [channel * tile_d * a] * 2
     yield from [channel * rounds * tile_d * m, *[keys * rounds * tile_c * m] * 2]
     # Of a token; the first three and one line are LinearGates.
     yield from [c * a] * 3 + [64] + [c * a] * 7

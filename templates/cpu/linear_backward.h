@@ -33,7 +33,7 @@ class LinearBackward {
                                   LinearBackwardShared<Plan, Fn>>;
   using Step = LinearBackwardStep<Plan, Fn, Keys>;
   using Scan = LinearBackwardScan<Plan, Fn, Keys>;
-  static constexpr int W = X::W, C = X::C, D = X::kD, kDp = X::kDp, kVp = X::kVp;
+  static constexpr int W = X::W, C = X::C, D = X::kD, kDp = X::kDp;
   static_assert(Plan::kScratchBytes == sizeof(Scratch), "the plan's scratch formula");
 
  public:
@@ -116,10 +116,10 @@ class LinearBackward {
       return LinearAt{task.b, task.hk, task.first_head + j, t, int(left < C ? left : C)};
     };
     step.begin();
-    for (int64_t j = 0; j < task.heads; ++j) load_state(head(j), head(j).initial, A(1));
+    for (int64_t j = 0; chunks > 0 && j < task.heads; ++j) first_state(head(j));
     for (int64_t c = 0; c < chunks; ++c) {
       const bool last = c + 1 == chunks;
-      if (!last || X::kDelta) keys.load_keys(at(c, 0), at(last ? c : c + 1, 0));
+      if (!last || X::kDelta) keys.load_keys(at(c, 0));
       for (int64_t j = 0; j < task.heads; ++j) {
         step.forward(at(c, j), j + 1 < task.heads ? at(c, j + 1) : at(last ? c : c + 1, 0), head(j),
                      c, last);
@@ -128,8 +128,8 @@ class LinearBackward {
     for (int64_t j = 0; j < task.heads; ++j) final_adjoint(task, task.first_head + j, head(j));
     for (int64_t c = chunks - 1; c >= 0; --c) {
       const LinearAt here = at(c, 0), before = at(c > 0 ? c - 1 : c, 0);
-      keys.load_keys(here, before);
-      keys.load_queries(here, before);
+      keys.load_keys(here);
+      keys.load_queries(here);
       for (int64_t j = 0; j < task.heads; ++j) {
         step.backward(at(c, j), j + 1 < task.heads ? at(c, j + 1) : before, head(j), c);
       }
@@ -159,24 +159,33 @@ class LinearBackward {
   void final_adjoint(const Task& task, int64_t h, const Head& head) const {
     const A* from = static_cast<const A*>(p_.dfinal);
     if (from != nullptr) from += state_offset(task, h);
-    load_state(head, {from, X::kStateColumns, 1}, A(1) / factor_);
+    load_state(head, head.state, {from, X::kStateColumns, 1}, A(1) / factor_);
   }
-  // [kD][kStateColumns] times `factor`; base null: zeros.
-  void load_state(const Head& head, const LinearRows<A>& from, A factor) const {
-    LinearTile<Plan>::clear(head.state, int64_t(D) * kVp);
+  // Transposed, times `factor`; base null: zeros.
+  void load_state(const Head& head, A* state, const LinearRows<A>& from, A factor) const {
+    LinearTile<Plan>::clear(state, X::kState);
     if constexpr (X::kNormalizer) LinearTile<Plan>::clear(head.z, kDp);
     if (from.base == nullptr) return;
-    for (int d = 0; d < D; ++d) {
-      for (int e = 0; e < X::kDv; ++e) {
-        head.state[int64_t(d) * kVp + e] = from(d)[e * from.col] * factor;
-      }
-      if constexpr (X::kNormalizer) head.z[d] = from(d)[X::kDv * from.col] * factor;
+    LinearTile<Plan>::each_turned(from, [=](int e, int d, V x) {
+      store_vector(state + int64_t(e) * X::kSp + d, x * factor);
+    });
+    if constexpr (X::kNormalizer) {
+      for (int d = 0; d < D; ++d) head.z[d] = from(d)[X::kDv * from.col] * factor;
+    }
+  }
+  // The state before chunk 0, kept.
+  void first_state(const Head& head) const {
+    if constexpr (X::kRounds) {
+      load_state(head, head.state, head.initial, A(1));
+      LinearTile<Plan>::template by_row<X::kSp>(head.state, head.state_of(0), X::kStateRows);
+    } else {
+      load_state(head, head.state_of(0), head.initial, A(1));
     }
   }
   void store_state(const Task& task, int64_t h, const Head& head) const {
     A* to = static_cast<A*>(p_.dstate) + state_offset(task, h);
     for (int d = 0; d < D; ++d, to += X::kStateColumns) {
-      for (int e = 0; e < X::kDv; ++e) to[e] = head.state[int64_t(d) * kVp + e] * factor_;
+      for (int e = 0; e < X::kDv; ++e) to[e] = head.state[int64_t(e) * X::kSp + d] * factor_;
       if constexpr (X::kNormalizer) to[X::kDv] = head.z[d] * factor_;
     }
   }

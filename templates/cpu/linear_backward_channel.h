@@ -26,7 +26,7 @@ class LinearBackwardChannel {
   using Head = LinearBackwardHead<Plan>;
   using Operands = LinearBackwardOperands<Plan, Fn>;
   using Products = LinearChannel<Plan>;
-  static constexpr int W = X::W, C = X::C, D = X::kD, kDp = X::kDp, kVp = X::kVp;
+  static constexpr int W = X::W, C = X::C, kDp = X::kDp;
   static constexpr int kBlock = kLinearBlock;
   static constexpr bool kDelta = X::kDelta, kNormalizer = X::kNormalizer;
 
@@ -36,13 +36,13 @@ class LinearBackwardChannel {
   void begin() const { x_.gates.set_ones(); }
 
   // ---- of the key head ----
-  void load_keys(const LinearAt& at, const LinearAt& next) const { io_.load_k(at, next, x_.k); }
-  void load_query_rows(const LinearAt& at, const LinearAt& next) const {
-    io_.load_q(at, next, x_.q);
+  void load_keys(const LinearAt& at) const { io_.load_k(at, x_.k); }
+  void load_query_rows(const LinearAt& at) const {
+    io_.load_q(at, x_.q);
     Tile::clear(x_.k, C * kDp);
   }
-  void load_queries(const LinearAt& at, const LinearAt& next) const {
-    io_.load_q(at, next, x_.q);
+  void load_queries(const LinearAt& at) const {
+    io_.load_q(at, x_.q);
     Tile::clear(x_.dq, C * kDp);
     Tile::clear(x_.dk, C * kDp);
   }
@@ -99,17 +99,17 @@ class LinearBackwardChannel {
   void keys_out_times(int n, const M* b, A* c) const {
     Tile::state_times(n, Tile::pick(x_.k_end, x_.k_nat), b, c);
   }
-  void add_keys(int n, const M* b, A* state) const {
-    Tile::template add_to_state<GemmMode::kScale>(n, Tile::pick(x_.k_end, x_.k_row), b, state,
-                                                  x_.factor);
+  void add_keys(int n, const M* values, const A* from, A* to, M* packed, LinearFetch& ahead) const {
+    Tile::template add_to_state<true>(n, values, Tile::pick(x_.k_end, x_.k_row), from, to,
+                                      x_.factor, packed, ahead);
   }
-  void add_queries(int n, const M* b, A* state) const {
-    Tile::template add_to_state<GemmMode::kScale>(n, Tile::pick(x_.q_start, x_.q_row), b, state,
-                                                  x_.factor);
+  void add_queries(int n, const M* values, A* state, LinearFetch& ahead) const {
+    Tile::template add_to_state<true>(n, values, Tile::pick(x_.q_start, x_.q_row), state, state,
+                                      x_.factor, nullptr, ahead);
   }
-  void add_keys_in(int n, const M* b, A* state) const {
-    Tile::template add_to_state<GemmMode::kAccumulate>(n, Tile::pick(x_.k_start, x_.start_row), b,
-                                                       state, x_.factor);
+  void add_keys_in(int n, const M* values, A* state, LinearFetch& ahead) const {
+    Tile::template add_to_state<false>(n, values, Tile::pick(x_.k_start, x_.start_row), state,
+                                       state, nullptr, nullptr, ahead);
   }
 
   void add_z(int n, A* z) const {
@@ -117,8 +117,8 @@ class LinearBackwardChannel {
     add_rows(n, x_.k_end, x_.row_factor, z);
   }
   void add_dz(int n, const A* x, A* z) const { add_rows(n, x_.q_start, x, z); }
-  void queries_dot(const A* z, A* out) const {
-    for (int t = 0; t < C; ++t) {
+  void queries_dot(int n, const A* z, A* out) const {
+    for (int t = 0; t < n; ++t) {
       V sum{};
       for (int d = 0; d < kDp; d += W) {
         sum += load_vector<V>(x_.q_start + t * kDp + d) * load_vector<V>(z + d);
@@ -126,9 +126,8 @@ class LinearBackwardChannel {
       out[t] = hsum(sum);
     }
   }
-  void queries_dot_gradient(A* out) const {
-    transpose_tile(x_.tile, kDp, x_.x_t, C, kDp, C);
-    for (int t = 0; t < C; ++t) {
+  void queries_dot_gradient(int n, A* out) const {
+    for (int t = 0; t < n; ++t) {
       V sum{};
       for (int d = 0; d < kDp; d += W) {
         sum += load_vector<V>(x_.q_start + t * kDp + d) * load_vector<V>(x_.tile + t * kDp + d);
@@ -136,24 +135,13 @@ class LinearBackwardChannel {
       out[t] = hsum(sum);
     }
   }
-  void normalize_gradient(const A* z) const {
-    for (int t = 0; t < C; ++t) {
-      for (int d = 0; d < kDp; d += W) {
-        A* x = x_.tile + t * kDp + d;
-        store_vector(x, load_vector<V>(x) * x_.inverse_den[t] + load_vector<V>(z + d) * x_.dden[t]);
-      }
-    }
-  }
 
-  void gradients(const LinearAt& at, const Head& head, int64_t c) const {
+  void gradients(const LinearAt& at, const Head& head, int64_t c, const M* values) const {
     const int n = at.n;
     complete_scores(n);
-    if constexpr (!kNormalizer) transpose_tile(x_.tile, kDp, x_.x_t, C, kDp, C);
-    if constexpr (kDelta) transpose_tile(x_.tile2, kDp, x_.y_t, C, kDp, C);
-    states_dot(head, c);
+    crossing(head, c);
     from_state(n);
-    Tile::adjoint_times(head, c, x_.v_col, x_.state_nat, x_.x_t);
-    transpose_tile(x_.e, kDp, x_.x_t, C, kDp, C);
+    Tile::adjoint_times(n, head, c, values, x_.state_row, x_.e);
     if constexpr (kNormalizer) {
       for (int t = 0; t < n; ++t) {
         for (int d = 0; d < kDp; d += W) add_to(x_.e + t * kDp + d, load_vector<V>(head.z + d));
@@ -242,13 +230,13 @@ class LinearBackwardChannel {
   }
 
   // What crosses the whole chunk, of each channel.
-  __attribute__((noinline)) void states_dot(const Head& head, int64_t c) const {
-    for (int d = 0; d < D; ++d) {
-      A dot = hsum(Tile::states_dot(head, c, d));
-      if constexpr (kNormalizer) dot += head.z_of(c)[d] * head.z[d];
-      x_.crossing[d] = x_.factor[d] * dot;
+  void crossing(const Head& head, int64_t c) const {
+    for (int d = 0; d < kDp; d += W) {
+      V dot = load_vector<V>(x_.crossing + d);
+      if constexpr (kNormalizer)
+        dot += load_vector<V>(head.z_of(c) + d) * load_vector<V>(head.z + d);
+      store_vector(x_.crossing + d, load_vector<V>(x_.factor + d) * dot);
     }
-    for (int d = D; d < kDp; ++d) x_.crossing[d] = 0;
   }
 
   // From the state to tokens: tile holds dO S^T, tile2 dv S^T.

@@ -39,39 +39,52 @@ class LinearBackwardStep {
   void begin() const {
     Tile::clear(x_.m, C * C);
     Tile::clear(x_.dm, C * C);
-    Tile::clear(x_.x_t, X::kDp * C);
+    Tile::clear(x_.tile, C * X::kDp);
+    Tile::clear(x_.v, C * kVp);
+    Tile::clear(x_.dout, C * kVp);
+    if constexpr (X::kRounds) {
+      Tile::clear(x_.v_nat, C * kVp);
+      Tile::clear(x_.dout_nat, C * kVp);
+    }
     if constexpr (kDelta) {
       Tile::clear(x_.kd, C * C);
       Tile::clear(x_.minus, C * C);
       Tile::clear(x_.da, C * C);
-      Tile::clear(x_.y_t, X::kDp * C);
+      Tile::clear(x_.tile2, C * X::kDp);
     }
     keys_.begin();
   }
 
-  // Keeps the state before chunk c; under the delta rule what the chunk writes; and, unless it is
-  // the last, moves the state behind the chunk.
+  // From the state before chunk c, which is kept, that before the next, which is kept too, unless c
+  // is the last; under the delta rule what the chunk writes.
   void forward(const LinearAt& at, const LinearAt& next, const Head& head, int64_t c,
                bool last) const {
-    keep(head, c);
+    if constexpr (kNormalizer) Tile::copy(head.z_of(c), head.z, X::kDp);
     if (last && !kDelta) return;
     keys_.load_decays(at, false);
-    auto* v = v_tile();
-    io_.load_v(at, next, v);
+    const auto v = io_.v(at, x_.v, x_.v_nat);
     if constexpr (kDelta) {
       keys_.scores(at.n, false);
       system(at);
       solve(at.n, v, head, c);
       if (last) return;
-      Tile::template by_scaled_row<kVp>(head.written(c), x_.scaled_row, at.n, x_.gates.f);
+      scaled(head.written(c), at.n, x_.gates.f);
     } else {
-      Tile::template by_scaled_row<kVp>(v, x_.scaled_row, at.n, x_.gates.f);
+      scaled(v, at.n, x_.gates.f);
     }
-    keys_.add_keys(at.n, x_.scaled_row, head.state);
+    LinearFetch ahead;
+    io_.fetch_values(at, next, ahead);
+    if constexpr (X::kRounds) {
+      keys_.add_keys(at.n, x_.scaled_row, head.state, head.state, head.state_of(c + 1), ahead);
+    } else {
+      keys_.add_keys(at.n, x_.scaled_row, head.state_of(c), head.state_of(c + 1), nullptr, ahead);
+    }
+    ahead.rest();
     if constexpr (kNormalizer) keys_.add_z(at.n, head.z);
   }
 
-  // Gradients of the chunk. `next`: what follows.
+  // Gradients of the chunk. `next`: what follows; its operands are fetched by whatever moves a
+  // state meanwhile.
   void gradients(const LinearAt& at, const LinearAt& next, const Head& head, int64_t c) const {
     keys_.load_decays(at, true);
     keys_.scores(at.n, true);
@@ -79,46 +92,42 @@ class LinearBackwardStep {
       system(at);
       gradients(at, next, head, c, head.written(c));
     } else {
-      io_.load_v(at, next, v_tile());
-      gradients(at, next, head, c, v_tile());
+      gradients(at, next, head, c, io_.v(at, x_.v, x_.v_nat));
     }
   }
   // And U before it.
   void backward(const LinearAt& at, const LinearAt& next, const Head& head, int64_t c) const {
     gradients(at, next, head, c);
-    move_adjoint(at.n, head);
+    LinearFetch ahead;
+    io_.fetch_all(at, next, ahead);
+    move_adjoint(at.n, head, ahead);
+    ahead.rest();
   }
 
   // What a chunk adds to the state, and to U, in `state`; its decay is then in the scratch.
   void add(const LinearAt& at, const LinearAt& next, A* state) const {
     keys_.load_decays(at, false);
-    io_.load_v(at, next, v_tile());
-    Tile::template by_scaled_row<kVp>(v_tile(), x_.scaled_row, at.n, x_.gates.f);
-    Tile::clear(state, int64_t(D) * kVp);
-    keys_.add_keys(at.n, x_.scaled_row, state);
+    scaled(io_.v(at, x_.v, x_.v_nat), at.n, x_.gates.f);
+    Tile::clear(state, X::kState);
+    LinearFetch ahead;
+    io_.fetch_values(at, next, ahead);
+    keys_.add_keys(at.n, x_.scaled_row, state, state, nullptr, ahead);
+    ahead.rest();
   }
   void add_adjoint(const LinearAt& at, const LinearAt& next, A* state) const {
     keys_.load_decays(at, true);
-    io_.load_dout(at, next, dout_tile());
-    Tile::clear(state, int64_t(D) * kVp);
-    move_adjoint(at.n, Head{state});
+    dout_ = io_.dout(at, x_.dout, x_.dout_nat);
+    Tile::clear(state, X::kState);
+    LinearFetch ahead;
+    io_.fetch_all(at, next, ahead);
+    move_adjoint(at.n, Head{state}, ahead);
+    ahead.rest();
   }
 
  private:
-  // Where operands that need no rounding are copied to at once.
-  auto* v_tile() const {
-    if constexpr (__is_same(typename Operands::VTile, A)) {
-      return x_.v;
-    } else {
-      return x_.v_nat;
-    }
-  }
-  auto* dout_tile() const {
-    if constexpr (__is_same(typename Operands::OutTile, A)) {
-      return x_.dout;
-    } else {
-      return x_.dout_nat;
-    }
+  template <class E>
+  void scaled(const E* rows, int n, const A* factor) const {
+    Tile::template by_scaled_row<kVp>(rows, x_.scaled_row, n, factor);
   }
 
   template <class E>
@@ -126,36 +135,40 @@ class LinearBackwardStep {
                  const E* written) const {
     const int n = at.n;
     if constexpr (kNormalizer) denominators(n, head.z_of(c));
-    io_.load_dout(at, next, dout_tile());
+    dout_ = io_.dout(at, x_.dout, x_.dout_nat);
     if constexpr (Fn::kHasOutMod) out_mod_back(at, head, c, written);
 
-    const M* v_nat = Tile::natural(written, x_.v_nat, C * kVp);
-    Tile::template by_column<kVWidth>(v_nat, kVp, x_.v_col);
-    const M* dout_nat = Tile::natural(dout_tile(), x_.dout_nat, C * kVp);
-    Tile::template by_column<kVWidth>(dout_nat, kVp, x_.dout_col);
+    const M* v_nat = Tile::natural(written, x_.v_nat, int64_t(n) * kVp);
+    Tile::template by_column<kVWidth>(v_nat, kVp, n, x_.v_col);
+    dout_bad_ = Tile::template checked_by_row<kVWidth, kVp>(dout_, x_.dout_row, n);
+    const M* dout_nat = Tile::natural(dout_, x_.dout_nat, int64_t(n) * kVp);
     Tile::lower_scores(n, X::kDv, dout_nat, kVp, x_.v_col, x_.dm);
-    through(head, c, x_.dout_col, x_.x_t);
+    through(n, head, c, dout_nat, x_.tile);
     if constexpr (kNormalizer) denominator_gradients(n, head.z_of(c));
 
+    states(head, c);
     written_gradients(n, head, c);
     if constexpr (kDelta) delta_gradients(at, head, c);
     io_.store_v(at, next, x_.dv);
 
-    keys_.gradients(at, head, c);
+    keys_.gradients(at, head, c, v_nat);
   }
 
-  __attribute__((noinline)) void keep(const Head& head, int64_t c) const {
-    M* kept = head.state_of(c);
-    for (int64_t i = 0; i < int64_t(D) * kVp; i += W) {
-      store_multiply(kept + i, load_vector<V>(head.state + i));
+  // Rows of dO or dv times the kept state S^T.
+  void through(int n, const Head& head, int64_t c, const M* rows, A* out) const {
+    if (head.starts_empty(c)) return Tile::clear(out, int64_t(n) * X::kDp);
+    Tile::times_state(n, rows, head.state_of(c), out);
+  }
+  // The operands of U, and <S, U> of each channel.
+  void states(const Head& head, int64_t c) const {
+    if (head.ends_empty(c)) return Tile::clear(x_.crossing, X::kDp);
+    const bool given = X::kRounds && c == 0;
+    const bool dots = X::kDecays && !given && !head.starts_empty(c);
+    Tile::turn_adjoint(head.state, dots ? head.state_of(c) : nullptr, x_.state_row,
+                       x_.state_by_channel, x_.crossing);
+    if (X::kDecays && given && !head.starts_empty(c)) {
+      Tile::initial_dots(head.initial, head.state, x_.crossing);
     }
-    if constexpr (kNormalizer) Tile::copy(head.z_of(c), head.z, X::kDp);
-  }
-
-  // Tokens' rows of dO or dv, by column, times the kept state S^T: transposed, [D][C].
-  void through(const Head& head, int64_t c, const M* col, A* out) const {
-    if (head.starts_empty(c)) return Tile::clear(out, int64_t(D) * C);
-    Tile::template times<C, GemmMode::kOverwrite>(D, X::kDv, head.state_of(c), kVp, col, C, out, C);
   }
 
   // ---- delta rule ----
@@ -174,7 +187,12 @@ class LinearBackwardStep {
   template <class E>
   __attribute__((noinline)) void solve(int n, const E* v, const Head& head, int64_t c) const {
     A *r = head.residual(c), *written = head.written(c);
-    keys_.keys_in_times(n, Tile::template by_row<kVp>(head.state, x_.state_row, D), x_.dv);
+    if (head.starts_empty(c)) {
+      Tile::clear(x_.dv, int64_t(n) * kVp);
+    } else {
+      Tile::turn_state(head.state_of(c), x_.state_by_channel);
+      keys_.keys_in_times(n, x_.state_by_channel, x_.dv);
+    }
     for (int t = 0; t < n; ++t) {
       for (int d = 0; d < kVWidth; d += W) {
         const int64_t i = int64_t(t) * kVp + d;
@@ -183,7 +201,7 @@ class LinearBackwardStep {
         store_vector(x_.dv + i, x * x_.beta[t]);
       }
     }
-    if (Tile::any_bad(x_.dv, n, kVWidth, kVp)) {
+    if (Tile::template any_bad<kVWidth>(x_.dv, n, kVp)) {
       solve_by_rows<A, C, kVp>(x_.minus, n, x_.dv, written);
     } else {
       solve_unit_lower<A, C, kVp>(x_.minus, x_.inverse, n, x_.dv, written);
@@ -195,14 +213,14 @@ class LinearBackwardStep {
                                                  int64_t c) const {
     const int n = at.n;
     A* y = x_.solved;
-    if (Tile::any_bad(x_.dv, n, kVWidth, kVp)) {
+    if (Tile::template any_bad<kVWidth>(x_.dv, n, kVp)) {
       Tile::copy(y, x_.dv, int64_t(n) * kVp);
       Tile::template solve_transposed_by_rows<kVp>(n, x_.minus, y);
     } else {
       solve_unit_lower<A, C, kVp, true>(x_.minus, x_.inverse, n, x_.dv, y);
     }
     Tile::clear(y + int64_t(n) * kVp, int64_t(C - n) * kVp);
-    const M* y_nat = Tile::natural(y, x_.v_nat, C * kVp);
+    const M* y_nat = Tile::natural(y, x_.scaled_row, int64_t(n) * kVp);
     Tile::lower_scores(n, X::kDv, y_nat, kVp, x_.v_col, x_.da);
     const A* r = head.residual(c);
     for (int t = 0; t < n; ++t) {
@@ -220,10 +238,7 @@ class LinearBackwardStep {
       x_.grad[t] = hsum(sum);
     }
     io_.store_beta(at, x_.grad);
-    Tile::clear(x_.dv + int64_t(n) * kVp, int64_t(C - n) * kVp);
-    const M* dv_nat = Tile::natural(x_.dv, x_.v_nat, C * kVp);
-    Tile::template by_column<kVWidth>(dv_nat, kVp, x_.dout_col);
-    through(head, c, x_.dout_col, x_.y_t);
+    through(n, head, c, Tile::natural(x_.dv, x_.scaled_row, int64_t(n) * kVp), x_.tile2);
   }
 
   // ---- normalizer ----
@@ -231,7 +246,7 @@ class LinearBackwardStep {
 
   // Of n_t = (q S_t): o_t = inverse_den n_t.
   void denominators(int n, const A* z) const {
-    keys_.queries_dot(z, x_.inverse_den);
+    keys_.queries_dot(n, z, x_.inverse_den);
     for (int t = 0; t < n; ++t) {
       V sum{};
       for (int j = 0; j <= t; j += W) sum += load_vector<V>(x_.m + t * C + j);
@@ -246,7 +261,7 @@ class LinearBackwardStep {
     for (int t = n; t < C; ++t) x_.inverse_den[t] = x_.dden[t] = 0;
   }
   void denominator_gradients(int n, const A* z) const {
-    keys_.queries_dot_gradient(x_.left);
+    keys_.queries_dot_gradient(n, x_.left);
     for (int t = 0; t < n; ++t) {
       V sum{};
       for (int j = 0; j <= t; j += W) {
@@ -256,7 +271,7 @@ class LinearBackwardStep {
       const A inverse = x_.inverse_den[t], o = inverse * (x_.left[t] + hsum(sum));
       x_.dden[t] = x_.dden[t] == A(0) ? A(0) : -inverse * o;
     }
-    keys_.normalize_gradient(z);
+    Tile::normalize_rows(n, x_, z);
   }
 
   // ---- out_mod ----
@@ -264,13 +279,13 @@ class LinearBackwardStep {
   template <class E>
   void out_mod_back(const LinearAt& at, const Head& head, int64_t c, const E* written) const {
     const int n = at.n;
-    const M* state = head.state_of(c);
-    if constexpr (X::kRounds) {
-      pack_pairs<A, kVp>(x_.state_row, StridedRows<M>{state, kVp}, 1, D, X::kDRows, NoMod{});
-      state = x_.state_row;
-    }
     A* o = x_.dv;
-    keys_.queries_times(n, state, o);
+    if (head.starts_empty(c)) {
+      Tile::clear(o, int64_t(n) * kVp);
+    } else {
+      Tile::turn_state(head.state_of(c), x_.state_by_channel);
+      keys_.queries_times(n, x_.state_by_channel, o);
+    }
     scale_rows(n, x_.gates.e, o);
     const M* m = Tile::natural(x_.m, x_.natural, C * C);
     const M* rows = Tile::template by_row<kVp>(written, x_.scaled_row, n);
@@ -294,12 +309,12 @@ class LinearBackwardStep {
     if (head.ends_empty(c)) {
       Tile::clear(x_.dv, int64_t(n) * kVp);
     } else {
-      keys_.keys_out_times(n, Tile::template by_row<kVp>(head.state, x_.state_row, D), x_.dv);
+      keys_.keys_out_times(n, x_.state_by_channel, x_.dv);
     }
-    if (Tile::any_bad(dout_tile(), n, kVWidth, kVp)) {
+    if (dout_bad_) {
       scale_rows(n, x_.gates.f, x_.dv);
       Tile::template lower_transposed_by_rows<kVp>(n, x_.m, kNormalizer ? x_.inverse_den : nullptr,
-                                                   dout_tile(), x_.dv);
+                                                   dout_, x_.dv);
       return;
     }
     const M* pairs = x_.pairs;
@@ -308,23 +323,22 @@ class LinearBackwardStep {
     } else {
       pairs = Tile::template by_row<C>(x_.m, x_.pairs, n);
     }
-    const M* rows = Tile::template by_row<kVp>(dout_tile(), x_.dout_row, n);
-    Tile::template lower_transposed_times<kVWidth, GemmMode::kScale>(n, pairs, rows, kVp, x_.dv,
-                                                                     kVp, x_.gates.f);
+    Tile::template lower_transposed_times<kVWidth, GemmMode::kScale>(
+        n, pairs, Tile::pick(dout_, x_.dout_row), kVp, x_.dv, kVp, x_.gates.f);
   }
 
   // U and dz of the chunk before.
-  void move_adjoint(int n, const Head& head) const {
+  void move_adjoint(int n, const Head& head, LinearFetch& ahead) const {
     for (int t = 0; t < n; ++t) {
       x_.row_factor[t] = x_.gates.e[t] * (kNormalizer ? x_.inverse_den[t] : A(1));
     }
-    Tile::template by_scaled_row<kVp>(dout_tile(), x_.scaled_row, n, x_.row_factor);
-    keys_.add_queries(n, x_.scaled_row, head.state);
+    scaled(dout_, n, x_.row_factor);
+    keys_.add_queries(n, x_.scaled_row, head.state, ahead);
     if constexpr (kNormalizer) keys_.add_dz(n, x_.dden, head.z);
     if constexpr (kDelta) {
       for (int t = 0; t < n; ++t) x_.row_factor[t] = -x_.gates.e[t];
-      Tile::template by_scaled_row<kVp>(x_.dv, x_.scaled_row, n, x_.row_factor);
-      keys_.add_keys_in(n, x_.scaled_row, head.state);
+      scaled(x_.dv, n, x_.row_factor);
+      keys_.add_keys_in(n, x_.scaled_row, head.state, ahead);
     }
   }
 
@@ -332,6 +346,8 @@ class LinearBackwardStep {
   LinearBackwardScratch<Plan>& x_;
   const Keys& keys_;
   const A scale_;
+  mutable const typename Operands::OutTile* dout_ = nullptr;  // of the chunk
+  mutable bool dout_bad_ = false;                             // it holds Inf or NaN
 };
 
 }  // namespace ae

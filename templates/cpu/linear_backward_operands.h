@@ -15,10 +15,14 @@ class LinearBackwardOperands {
   static constexpr int W = X::W, C = X::C;
 
  public:
-  // What v and dO are taken as: in bf16 products without hooks as they lie, else accumulators.
+  // What operands are taken as: in bf16 products without hooks as they lie, else accumulators.
   using M = typename X::M;
-  using VTile = std::conditional_t<Fn::kHasVMod, A, M>;
-  using OutTile = std::conditional_t<Fn::kHasOutMod, A, M>;
+  template <bool kHasMod>
+  using Tile = std::conditional_t<kHasMod, A, M>;
+  using QTile = Tile<Fn::kHasQMod>;
+  using KTile = Tile<Fn::kHasKMod>;
+  using VTile = Tile<Fn::kHasVMod>;
+  using OutTile = Tile<Fn::kHasOutMod>;
 
   // `scale`: of what is stored; `mute`: dO counts as zero; see LinearBackward.
   LinearBackwardOperands(const ae_linear_params& p, const Env& env, A scale, bool mute)
@@ -27,33 +31,71 @@ class LinearBackwardOperands {
   const Inputs& inputs() const { return inputs_; }
   A scale() const { return scale_; }
 
-  // ---- natural tiles, zero past n ----
-  // `next` is the chunk that will be loaded then: it is fetched meanwhile.
-  void load_q(const LinearAt& at, const LinearAt& next, A* dst) const {
-    load(dst, X::kDp, inputs_.raw_q(at), inputs_.raw_q(next).ahead(next.n, X::kD), at, X::kD, at.hk,
+  // ---- tiles of accumulators, zero past n ----
+  void load_q(const LinearAt& at, A* dst) const {
+    load(dst, X::kDp, inputs_.raw_q(at), at, X::kD, at.hk,
          [this](const HookAt& h, V x) { return Fn::q_mod(env_, h, x); });
   }
-  void load_k(const LinearAt& at, const LinearAt& next, A* dst) const {
-    load(dst, X::kDp, inputs_.raw_k(at), inputs_.raw_k(next).ahead(next.n, X::kD), at, X::kD, at.hk,
+  void load_k(const LinearAt& at, A* dst) const {
+    load(dst, X::kDp, inputs_.raw_k(at), at, X::kD, at.hk,
          [this](const HookAt& h, V x) { return Fn::k_mod(env_, h, x); });
   }
-  void load_v(const LinearAt& at, const LinearAt& next, VTile* dst) const {
-    const auto rows = inputs_.raw_v(at, 0);
-    if constexpr (Fn::kHasVMod) {
-      load(dst, X::kVp, rows, {}, at, X::kDv, at.h,
-           [this](const HookAt& h, V x) { return Fn::v_mod(env_, h, x); });
+
+  // ---- natural rows of kDp or kVp elements, in place where they lie so, else in the tile of their
+  // type; anything past n ----
+  const QTile* q(const LinearAt& at, A* sums, M* copied) const {
+    if constexpr (Fn::kHasQMod) {
+      load_q(at, sums);
+      return sums;
     } else {
-      copy(dst, rows, at.n, inputs_.raw_v(next, 0).base - rows.base);
+      return rows<X::kD, X::kDp>(inputs_.raw_q(at), at.n, sums, copied);
     }
   }
-  void load_dout(const LinearAt& at, const LinearAt& next, OutTile* dst) const {
-    if (p_.dout == nullptr || (mute_ && !Fn::kHasOutMod)) {
-      return LinearTile<Plan>::clear(dst, C * X::kVp);
+  const KTile* k(const LinearAt& at, A* sums, M* copied) const {
+    if constexpr (Fn::kHasKMod) {
+      load_k(at, sums);
+      return sums;
+    } else {
+      return rows<X::kD, X::kDp>(inputs_.raw_k(at), at.n, sums, copied);
     }
-    const auto rows = [&](const LinearAt& a) {
-      return Inputs::template rows<Elem>(p_.dout, p_.dout_stride, a.b, a.h, a.t);
-    };
-    copy(dst, rows(at), at.n, rows(next).base - rows(at).base);
+  }
+  const VTile* v(const LinearAt& at, A* sums, M* copied) const {
+    if constexpr (Fn::kHasVMod) {
+      load(sums, X::kVp, inputs_.raw_v(at, 0), at, X::kDv, at.h,
+           [this](const HookAt& h, V x) { return Fn::v_mod(env_, h, x); });
+      return sums;
+    } else {
+      return rows<X::kDv, X::kVp>(inputs_.raw_v(at, 0), at.n, sums, copied);
+    }
+  }
+  // With an out_mod always in the tile, which out_back changes.
+  const OutTile* dout(const LinearAt& at, A* sums, M* copied) const {
+    OutTile* const tile = own<OutTile>(sums, copied);
+    if (!has_dout()) {
+      LinearTile<Plan>::clear(tile, int64_t(at.n) * X::kVp);
+      return tile;
+    }
+    if constexpr (Fn::kHasOutMod) {
+      copy<X::kDv, X::kVp>(tile, raw_dout(at), at.n);
+      return tile;
+    } else {
+      return rows<X::kDv, X::kVp>(raw_dout(at), at.n, sums, copied);
+    }
+  }
+
+  // ---- what `next` will load that is not loaded now, to be fetched ----
+  // In the walk forwards; and backwards.
+  void fetch_values(const LinearAt& at, const LinearAt& next, LinearFetch& ahead) const {
+    if (next.t != at.t) ahead.add(inputs_.raw_k(next).ahead(next.n, X::kD));
+    if (next.t == at.t && next.h == at.h) return;
+    ahead.add(inputs_.raw_v(next, 0).ahead(next.n, X::kDv));
+    if constexpr (X::kChannel) ahead.add(inputs_.raw_decay(next).ahead(next.n, X::kD));
+  }
+  void fetch_all(const LinearAt& at, const LinearAt& next, LinearFetch& ahead) const {
+    fetch_values(at, next, ahead);
+    if (next.t != at.t) ahead.add(inputs_.raw_q(next).ahead(next.n, X::kD));
+    if (next.t == at.t && next.h == at.h) return;
+    if (has_dout()) ahead.add(raw_dout(next).ahead(next.n, X::kDv));
   }
 
   // ---- results, times `scale`; the lines of `next` are fetched ----
@@ -136,30 +178,46 @@ class LinearBackwardOperands {
  private:
   static constexpr int slots(int n) { return n > 0 ? n : 1; }
 
+  bool has_dout() const { return p_.dout != nullptr && !(mute_ && !Fn::kHasOutMod); }
+  LinearRows<Elem> raw_dout(const LinearAt& a) const {
+    return Inputs::template rows<Elem>(p_.dout, p_.dout_stride, a.b, a.h, a.t);
+  }
+
   template <class E, class Hook>
-  void load(A* dst, int pitch, const LinearRows<E>& src, const LinearAhead& ahead,
-            const LinearAt& at, int width, int64_t h, const Hook& hook) const {
-    constexpr int kRows = 4;
-    for (int i = 0; i < at.n; i += kRows) {
-      ahead.fetch(i, kRows);
-      const int rows = at.n - i < kRows ? at.n - i : kRows;
-      stage_rows<A>(dst + int64_t(i) * pitch, pitch, LinearRows<E>{src(i), src.stride, src.col},
-                    rows, width, {at.b, h, at.t + i, 0, 0}, hook);
-    }
+  void load(A* dst, int pitch, const LinearRows<E>& src, const LinearAt& at, int width, int64_t h,
+            const Hook& hook) const {
+    stage_rows<A>(dst, pitch, src, at.n, width, {at.b, h, at.t, 0, 0}, hook);
     LinearTile<Plan>::clear(dst + int64_t(at.n) * pitch, int64_t(C - at.n) * pitch);
   }
 
-  // Rows of kDv elements as they are, zero past n and to the next vector; what lies `ahead`
-  // elements on is fetched.
   template <class To>
-  __attribute__((noinline)) static void copy(To* dst, const LinearRows<Elem>& rows, int n,
-                                             int64_t ahead) {
+  static To* own(A* sums, M* copied) {
+    if constexpr (__is_same(To, A)) {
+      return sums;
+    } else {
+      return copied;
+    }
+  }
+
+  // Without a hook.
+  template <int kWidth, int kPitch>
+  static const M* rows(const LinearRows<Elem>& src, int n, A* sums, M* copied) {
+    if constexpr (__is_same(Elem, M) && kWidth == kPitch) {
+      if (src.col == 1 && src.stride == kPitch) return src.base;
+    }
+    M* const tile = own<M>(sums, copied);
+    copy<kWidth, kPitch>(tile, src, n);
+    return tile;
+  }
+
+  // Rows of kWidth elements as they are, zero to the next vector.
+  template <int kWidth, int kPitch, class To>
+  __attribute__((noinline)) static void copy(To* dst, const LinearRows<Elem>& rows, int n) {
     for (int i = 0; i < n; ++i) {
       const Elem* from = rows(i);
-      for (int d = 0; d < X::kDv; d += W) {
-        const int count = X::kDv - d < W ? X::kDv - d : W;
-        __builtin_prefetch(from + d * rows.col + ahead, 0, 2);
-        To* to = dst + int64_t(i) * X::kVp + d;
+      for (int d = 0; d < kWidth; d += W) {
+        const int count = kWidth - d < W ? kWidth - d : W;
+        To* to = dst + int64_t(i) * kPitch + d;
         if constexpr (__is_same(To, Elem)) {
           store_vector(to, load_packed<A, To>(from + d * rows.col, rows.col, count, NoMod{}));
         } else {
@@ -168,7 +226,6 @@ class LinearBackwardOperands {
         }
       }
     }
-    LinearTile<Plan>::clear(dst + int64_t(n) * X::kVp, int64_t(C - n) * X::kVp);
   }
 
   template <class E>

@@ -1,8 +1,8 @@
 // The backward pass chunk by chunk, without delta rule, normalizer and out_mod: there what a chunk
 // adds to the state S, and to its adjoint U, depends on neither. As linear_scan_work.h has it:
 //
-//   1. for each chunk by itself: (k f)^T v         2. by rows: S before each chunk, which is kept
-//   3. for each chunk by itself: (q e)^T dO        4. by rows, in reverse: U behind each chunk
+//   1. for each chunk by itself: (v f)^T k         2. by rows: S^T before each chunk, which is kept
+//   3. for each chunk by itself: (dO e)^T q        4. by rows, in reverse: U^T behind each chunk
 //   5. for each chunk by itself: the gradients
 //
 // Steps 1 and 2 go through all spans, then 3 to 5 from the last span to the first. Kept are the
@@ -24,8 +24,11 @@ class LinearBackwardScan {
   using Head = LinearBackwardHead<Plan>;
   using Operands = LinearBackwardOperands<Plan, Fn>;
   using Step = LinearBackwardStep<Plan, Fn, Keys>;
-  static constexpr int W = X::W, C = X::C, D = X::kD, kVp = X::kVp;
-  static constexpr int64_t kState = int64_t(D) * kVp, kHead = kState + X::kDp;
+  static constexpr int W = X::W, C = X::C, D = X::kD, kSp = X::kSp, kPair = X::kPair;
+  static constexpr int64_t kState = X::kState, kHead = kState + X::kDp;
+  static constexpr int kRows = Cut::kRows;  // of a state, that a task takes
+  static constexpr int kRowBlocks = (X::kStateRows + kRows - 1) / kRows;
+  static_assert(kRows % 2 == 0, "operands are pairs of rows");
   static constexpr int64_t kKept = linear_line(kState * int64_t(sizeof(M)));
 
  public:
@@ -136,7 +139,7 @@ class LinearBackwardScan {
     const int64_t end = part.end == chunks_.end(part.sequence) ? part.end - 1 : part.end;
     for (int64_t c = part.first; c < end; ++c) {
       const int64_t next = c + 1 < end ? c + 1 : c;
-      keys.load_keys(at(part, c, 0), at(part, next, 0));
+      keys.load_keys(at(part, c, 0));
       for (int64_t j = 0; j < cut_.group; ++j) {
         step.add(at(part, c, j), following(part, c, next, j), state(slot(c, part.hk), j));
         LinearTile<Plan>::copy(decay(slot(c, part.hk), j), x.factor, X::kDp);
@@ -152,7 +155,7 @@ class LinearBackwardScan {
     const int64_t first = all ? part.first : part.first + 1;
     for (int64_t c = part.end - 1; c >= first; --c) {
       const int64_t next = c > first ? c - 1 : c;
-      keys.load_query_rows(at(part, c, 0), at(part, next, 0));
+      keys.load_query_rows(at(part, c, 0));
       for (int64_t j = 0; j < cut_.group; ++j) {
         step.add_adjoint(at(part, c, j), following(part, c, next, j), state(slot(c, part.hk), j));
         LinearTile<Plan>::copy(decay(slot(c, part.hk), j), x.factor, X::kDp);
@@ -167,8 +170,8 @@ class LinearBackwardScan {
     for (int64_t c = part.end - 1; c >= part.first; --c) {
       const int64_t next = c > part.first ? c - 1 : c;
       const LinearAt here = at(part, c, 0), before = at(part, next, 0);
-      keys.load_keys(here, before);
-      keys.load_queries(here, before);
+      keys.load_keys(here);
+      keys.load_queries(here);
       for (int64_t j = 0; j < cut_.group; ++j) {
         const LinearAt where = at(part, c, j);
         Head head{state(slot(c, part.hk), j)};
@@ -176,7 +179,11 @@ class LinearBackwardScan {
         head.pitch = p_.H * kKept;
         head.initial = initial(part.sequence, where.h);
         if (p_.dfinal == nullptr) head.last = chunks_.end(part.sequence) - 1 - origin;
-        step.gradients(where, following(part, c, next, j), head, c - origin);
+        const LinearAt after = following(part, c, next, j);
+        step.gradients(where, after, head, c - origin);
+        LinearFetch ahead;
+        io_.fetch_all(where, after, ahead);
+        ahead.rest();
       }
       keys.finish(here);
       io_.store_q(here, before, x.dq);
@@ -189,11 +196,11 @@ class LinearBackwardScan {
   template <OfRows kWork>
   void each_rows(ae_parallel_for parallel_for) {
     parallel_for(
-        p_.H * Cut::kRowBlocks, p_.threads,
+        p_.H * kRowBlocks, p_.threads,
         [](void* self, int64_t index, int32_t) {
-          const int first = int(index % Cut::kRowBlocks) * Cut::kRows;
-          const int end = first + Cut::kRows < D ? first + Cut::kRows : D;
-          (static_cast<LinearBackwardScan*>(self)->*kWork)(index / Cut::kRowBlocks, first, end);
+          const int first = int(index % kRowBlocks) * kRows;
+          const int end = first + kRows < X::kStateRows ? first + kRows : X::kStateRows;
+          (static_cast<LinearBackwardScan*>(self)->*kWork)(index / kRowBlocks, first, end);
         },
         this);
   }
@@ -207,11 +214,16 @@ class LinearBackwardScan {
       const bool last = c + 1 == chunks_.end(s);
       const A *added = state(slot(c, hk), j), *factor = decay(slot(c, hk), j);
       M* to = kept(c, h);
-      for (int d = first; d < end; ++d) {
-        for (int64_t i = int64_t(d) * kVp; i < int64_t(d + 1) * kVp; i += W) {
-          const V x = load_vector<V>(running + i);
-          store_multiply(to + i, x);
-          if (!last) store_vector(running + i, x * factor[d] + load_vector<V>(added + i));
+      for (int e = first; e < end; e += kPair) {
+        for (int d = 0; d < X::kDp; d += W) {
+          const V total = load_vector<V>(factor + d);
+          V x[2];
+          for (int r = 0; r < kPair; ++r) {
+            const int64_t i = int64_t(e + r) * kSp + d;
+            x[r] = load_vector<V>(running + i);
+            if (!last) store_vector(running + i, x[r] * total + load_vector<V>(added + i));
+          }
+          store_pairs(to + int64_t(e) * kSp + d * kPair, x[0], x[kPair - 1]);
         }
       }
     }
@@ -228,10 +240,11 @@ class LinearBackwardScan {
       A* added = state(slot(c, hk), j);
       const A* factor = decay(slot(c, hk), j);
       if (chunks_.tokens(s, c) > 0) {
-        for (int d = first; d < end; ++d) {
-          for (int64_t i = int64_t(d) * kVp; i < int64_t(d + 1) * kVp; i += W) {
-            const V x = load_vector<V>(running + i);
-            if (moves) store_vector(running + i, x * factor[d] + load_vector<V>(added + i));
+        for (int e = first; e < end; ++e) {
+          for (int d = 0; d < X::kDp; d += W) {
+            const int64_t i = int64_t(e) * kSp + d;
+            const V x = load_vector<V>(running + i), total = load_vector<V>(factor + d);
+            if (moves) store_vector(running + i, x * total + load_vector<V>(added + i));
             store_vector(added + i, x);
           }
         }
@@ -253,18 +266,19 @@ class LinearBackwardScan {
     return {from, X::kStateColumns, 1};
   }
   static void load(const LinearRows<A>& from, A factor, int first, int end, A* to) {
-    for (int d = first; d < end; ++d) {
-      for (int e = 0; e < kVp; ++e) {
-        const bool given = from.base != nullptr && e < X::kDv;
-        to[int64_t(d) * kVp + e] = given ? from(d)[e * from.col] * factor : A(0);
+    LinearTile<Plan>::clear(to + int64_t(first) * kSp, int64_t(end - first) * kSp);
+    if (from.base == nullptr) return;
+    for (int d = 0; d < D; ++d) {
+      for (int e = first; e < end && e < X::kDv; ++e) {
+        to[int64_t(e) * kSp + d] = from(d)[e * from.col] * factor;
       }
     }
   }
   void store(int64_t sequence, int64_t h, int first, int end, const A* from) const {
     A* to = static_cast<A*>(p_.dstate) + (sequence * p_.H + h) * D * X::kStateColumns;
-    for (int d = first; d < end; ++d) {
-      for (int e = 0; e < X::kDv; ++e) {
-        to[d * X::kStateColumns + e] = from[int64_t(d) * kVp + e] * factor_;
+    for (int d = 0; d < D; ++d) {
+      for (int e = first; e < end && e < X::kDv; ++e) {
+        to[d * X::kStateColumns + e] = from[int64_t(e) * kSp + d] * factor_;
       }
     }
   }

@@ -2,6 +2,7 @@
 // skip what is above the diagonal, and sums over pairs of tokens that have a third between them.
 #pragma once
 #include "cpu/linear_backward_work.h"
+#include "cpu/linear_update.h"
 
 namespace ae {
 
@@ -12,7 +13,7 @@ struct LinearTile {
   using M = typename X::M;
   using V = typename X::V;
   static constexpr int W = X::W, C = X::C, kPair = X::kPair;
-  static constexpr int kRowBlock = 32;  // of triangular products
+  static constexpr int kRowBlock = kLinearBlock;  // of triangular products
 
   static constexpr int steps(int n) { return (n + kPair - 1) / kPair; }
 
@@ -28,7 +29,8 @@ struct LinearTile {
     }
   }
   // What natural or by_row of `same` has given.
-  static const M* pick(const A* same, const M* copy) {
+  template <class E>
+  static const M* pick(const E* same, const M* copy) {
     if constexpr (X::kRounds) {
       return copy;
     } else {
@@ -48,6 +50,16 @@ struct LinearTile {
       return room;
     }
   }
+  // The same, of an operand whose first kWidth columns may hold Inf or NaN: says whether they do.
+  template <int kWidth, int kPitch, class E>
+  static bool checked_by_row(const E* x, M* room, int rows) {
+    if constexpr (X::kRounds && __is_same(E, M) && kWidth == kPitch) {
+      return checked_pairs<kPitch>(x, room, rows);
+    } else {
+      by_row<kPitch>(x, room, rows);
+      return any_bad<kWidth>(x, rows, kPitch);
+    }
+  }
   // The same, row i scaled by factor[i].
   template <int kPitch, class E>
   __attribute__((noinline)) static void by_scaled_row(const E* x, M* room, int rows,
@@ -63,10 +75,11 @@ struct LinearTile {
       }
     }
   }
-  // A B operand over the first `kWidth` columns of a natural tile of C rows.
+  // A B operand over the first `kWidth` columns of n natural rows; columns past them, up to whole
+  // vectors, are zero, further ones anything.
   template <int kWidth>
-  static void by_column(const M* x, int pitch, M* dst) {
-    pack_transposed<A, M, kWidth>(dst, StridedRows<M>{x, pitch}, 1, C, C, NoMod{});
+  static void by_column(const M* x, int pitch, int n, M* dst) {
+    pack_transposed<A, M, kWidth>(dst, StridedRows<M>{x, pitch}, 1, n, C, NoMod{});
   }
 
   static void clear(A* x, int64_t n) { __builtin_memset(x, 0, uint64_t(n) * sizeof(A)); }
@@ -91,22 +104,94 @@ struct LinearTile {
                                int ldc, const A* factor = nullptr) {
     gemm<A, M, N, kMode>(m, steps(k), a, kPair, kPair * pitch, b, ldb, c, ldc, factor);
   }
-  // Rows of q or k, natural, times a state by row; and state = factor state + rows^T b, from rows
-  // of q or k as a B operand holds them.
+  // ---- states ----
+  // Rows of q or k, natural, times a state by channel; rows of v or dO times one by columns of v.
   static void state_times(int n, const M* rows, const M* state, A* c) {
     times<X::kVWidth, GemmMode::kOverwrite>(n, X::kD, rows, X::kDp, state, X::kVp, c, X::kVp);
   }
-  template <GemmMode kMode>
-  static void add_to_state(int n, const M* rows, const M* b, A* state, const A* factor) {
-    transposed_times<X::kVWidth, kMode>(X::kD, n, rows, X::kDp, b, X::kVp, state, X::kVp, factor);
+  static void times_state(int n, const M* rows, const M* state, A* c) {
+    times<X::kDp, GemmMode::kOverwrite>(n, X::kDv, rows, X::kVp, state, X::kSp, c, X::kDp);
+  }
+  // to = factor from + values^T rows, from rows of v or dO and of q or k as B operands hold them;
+  // `packed`, if not null, gets it as one over columns of v. Meanwhile `ahead` is fetched.
+  template <bool kDecay>
+  static void add_to_state(int n, const M* values, const M* rows, const A* from, A* to,
+                           const A* factor, M* packed, LinearFetch& ahead) {
+    constexpr auto kBy = kDecay && X::kDecays ? StateDecay::kByColumn : StateDecay::kNone;
+    using State = LinearStateLayout<X::kDv, X::kDp, X::kSp, X::kDp, kBy>;
+    update_state<X, State>(steps(n), values, kPair, kPair * X::kVp, rows, from, to, factor, packed,
+                           ahead);
+  }
+  // A state by columns of v as one by channel.
+  __attribute__((noinline)) static void turn_state(const M* x, M* out) {
+    turn([&](int row, int d) { return load_vector<Unit>(unit_at(x, row, d)); }, [](int) {}, out);
+  }
+  // The operands of U: by_value (unused where nothing is rounded: U itself is one) and by_channel.
+  // dots[d]: row d of S, by columns of v, times that of U; `s` null: none.
+  __attribute__((noinline)) static void turn_adjoint(const A* u, const M* s, M* by_value,
+                                                     M* by_channel, A* dots) {
+    V dot{};
+    const auto load = [&](int row, int d) __attribute__((always_inline)) {
+      const A* p = u + int64_t(row) * kPair * X::kSp + d;
+      const V even = load_vector<V>(p), odd = load_vector<V>(p + (kPair - 1) * X::kSp);
+      const auto unit = pair_lanes<M>(even, odd);
+      if constexpr (X::kRounds) store_vector(unit_at(by_value, row, d), unit);
+      if (s != nullptr) {
+        if constexpr (kPair == 2) {
+          const auto kept = load_vector<Vector<uint32_t, W>>(unit_at(s, row, d));
+          dot += (V)(kept << 16) * even + (V)(kept & 0xffff0000u) * odd;
+        } else {
+          dot += load_vector<V>(unit_at(s, row, d)) * even;
+        }
+      }
+      return (Unit)unit;
+    };
+    const auto column = [&](int d) {
+      store_vector(dots + d, dot);
+      dot = V{};
+    };
+    turn(load, column, by_channel);
+  }
+  // A state of the caller, [D][kStateColumns], block by block: visit(e, d, x), where x has the
+  // lanes of channels d and on of column e, zero past D.
+  template <class Visit>
+  static void each_turned(const LinearRows<A>& from, const Visit& visit) {
+    for (int d = 0; d < X::kDp; d += W) {
+      for (int e = 0; e < X::kDv; e += W) {
+        const int count = X::kDv - e < W ? X::kDv - e : W;
+        V block[W]{};
+        for (int i = 0; i < W && d + i < X::kD; ++i) {
+          block[i] = load_lanes<A>(from(d + i) + e * from.col, from.col, count);
+        }
+        transpose<1>(block);
+        for (int i = 0; i < count; ++i) visit(e + i, d, block[i]);
+      }
+    }
+  }
+  // The same dots of an initial state as it was given: beside one token its rounding would be most
+  // of the error.
+  __attribute__((noinline)) static void initial_dots(const LinearRows<A>& s, const A* u, A* dots) {
+    clear(dots, X::kDp);
+    each_turned(s, [&](int e, int d, V x) {
+      store_vector(dots + d,
+                   load_vector<V>(dots + d) + x * load_vector<V>(u + int64_t(e) * X::kSp + d));
+    });
   }
 
-  // U times rows by column: transposed, [D][C].
-  static void adjoint_times(const LinearBackwardHead<Plan>& head, int64_t c, const M* col, M* room,
-                            A* out) {
-    if (head.ends_empty(c)) return clear(out, int64_t(X::kD) * C);
-    const M* u = natural(head.state, room, int64_t(X::kD) * X::kVp);
-    times<C, GemmMode::kOverwrite>(X::kD, X::kDv, u, X::kVp, col, C, out, C);
+  // Rows of values times U, whose operand turn_adjoint gave.
+  static void adjoint_times(int n, const LinearBackwardHead<Plan>& head, int64_t c, const M* values,
+                            const M* by_value, A* out) {
+    if (head.ends_empty(c)) return clear(out, int64_t(n) * X::kDp);
+    times_state(n, values, pick(head.state, by_value), out);
+  }
+  // d(q e) from dO S^T, in the tile, under a normalizer.
+  static void normalize_rows(int n, LinearBackwardScratch<Plan>& x, const A* z) {
+    for (int t = 0; t < n; ++t) {
+      for (int d = 0; d < X::kDp; d += W) {
+        A* p = x.tile + t * X::kDp + d;
+        store_vector(p, load_vector<V>(p) * x.inverse_den[t] + load_vector<V>(z + d) * x.dden[t]);
+      }
+    }
   }
 
   // c[n][C] = a b for the columns that rows reach, up to the diagonal; what is above may be
@@ -145,17 +230,25 @@ struct LinearTile {
 
   // ---- the same where x holds Inf or NaN ----
   // Products with the zeros above the diagonal would carry those to tokens that they do not reach.
-  template <class E>
-  static bool any_bad(const E* x, int n, int width, int pitch) {
-    V seen{};
+  template <int kWidth, class E>
+  __attribute__((noinline)) static bool any_bad(const E* x, int n, int pitch) {
+    constexpr int kChains = 4;
+    V seen[kChains]{};
     for (int i = 0; i < n; ++i) {
-      for (int d = 0; d < width; d += W) seen += load_widened<A>(x + int64_t(i) * pitch + d) * A(0);
+      const E* row = x + int64_t(i) * pitch;
+      for (int d = 0; d < kWidth; d += kChains * W) {
+#pragma GCC unroll 4
+        for (int j = 0; j < kChains; ++j) {
+          if (d + j * W >= kWidth) break;
+          seen[j] += load_widened<A>(row + d + j * W) * A(0);
+        }
+      }
     }
-    return hsum(seen) != A(0);
+    return hsum(V(seen[0] + seen[1] + (seen[2] + seen[3]))) != A(0);
   }
   // c[t] += sum of l[t][s] x[s] over s <= t, and c[s] += sum of l[t][s] factor[t] x[t] over t >= s.
-  template <int kPitch>
-  __attribute__((noinline)) static void lower_by_rows(int n, const A* l, const A* x, A* c) {
+  template <int kPitch, class E>
+  __attribute__((noinline)) static void lower_by_rows(int n, const A* l, const E* x, A* c) {
     for (int t = 0; t < n; ++t) {
       for (int s = 0; s <= t; ++s) add_row<kPitch>(l[t * C + s], x, s, c, t);
     }
@@ -178,25 +271,6 @@ struct LinearTile {
   }
 
   // ---- the gradient of decay ----
-  // Row d of the state before chunk c times that of U, in lanes. An initial state counts as it was
-  // given: beside one token its rounding would be most of the error.
-  static AE_INLINE V states_dot(const LinearBackwardHead<Plan>& head, int64_t c, int d) {
-    const A* u = head.state + int64_t(d) * X::kVp;
-    V sum{};
-    if (c > 0 || !X::kRounds) {
-      const M* s = head.state_of(c) + int64_t(d) * X::kVp;
-      for (int e = 0; e < X::kVWidth; e += W) sum += load_widened<A>(s + e) * load_vector<V>(u + e);
-    } else if (head.initial.base != nullptr) {
-      const A* s = head.initial(d);
-      const int64_t col = head.initial.col;
-      for (int e = 0; e < X::kDv; e += W) {
-        const int count = X::kDv - e < W ? X::kDv - e : W;
-        sum += load_lanes<A>(s + e * col, col, count) * load_vector<V>(u + e);
-      }
-    }
-    return sum;
-  }
-
   // Of scalar decay.
   // sums[r] = sum of w[t][s] over s < r <= t: no term is taken back, so nothing cancels. Rows are
   // filled up to the vector of the diagonal, with zeros behind s = t; a diagonal element counts
@@ -218,6 +292,63 @@ struct LinearTile {
   }
 
  private:
+  using Unit = Vector<decltype(mask_element<A>()), W>;  // elements, or pairs
+
+  template <class E>
+  static AE_INLINE E* unit_at(E* x, int row, int d) {
+    return x + (int64_t(row) * X::kSp + d) * kPair;
+  }
+  template <int kPitch>
+  __attribute__((noinline)) static bool checked_pairs(const M* x, M* room, int rows) {
+    return pack_pairs<A, kPitch>(room, StridedRows<M>{x, kPitch}, 1, rows, rows + rows % 2,
+                                 NoMod{});
+  }
+
+  // A state in units, load(row, d), as an operand over channels; column(d) when all rows of a
+  // column of vectors were loaded.
+  template <class Load, class Column>
+  static AE_INLINE void turn(const Load& load, const Column& column, M* out) {
+    constexpr int kRows = X::kStateRows / kPair;
+    for (int d = 0; d < X::kDp; d += W) {
+      for (int row = 0; row < kRows; row += W) {
+        Unit block[W];
+        if (row + W <= kRows) {
+#pragma GCC unroll 16
+          for (int i = 0; i < W; ++i) block[i] = load(row + i, d);
+        } else {
+          for (int i = 0; i < W; ++i) block[i] = row + i < kRows ? load(row + i, d) : Unit{};
+        }
+        transpose<1>(block);
+        const int left = X::kDRows - d, n = left < W ? left : W;
+        if constexpr (kPair == 2) {
+          using H = Vector<uint16_t, 2 * W>;
+          H low{}, high{};
+          for (int i = 0; i < 2 * W; ++i) {
+            low[i] = uint16_t(i / 2 + i % 2 * 2 * W);
+            high[i] = uint16_t(low[i] + W);
+          }
+#pragma GCC unroll 8
+          for (int i = 0; i < W; i += 2) {
+            if (i >= n) break;
+            const H x = (H)block[i], y = (H)block[i + 1];
+            M* to = out + int64_t(d + i) * X::kVp + 4 * row;
+            store_vector(to, __builtin_shuffle(x, y, low));
+            if (2 * row + W < X::kVWidth) {
+              store_vector(to + 2 * W, __builtin_shuffle(x, y, high));
+            }
+          }
+        } else {
+#pragma GCC unroll 16
+          for (int i = 0; i < W; ++i) {
+            if (i >= n) break;
+            store_vector(out + int64_t(d + i) * X::kVp + row, block[i]);
+          }
+        }
+      }
+      column(d);
+    }
+  }
+
   // Row `to` of c += factor times row `from` of x.
   template <int kPitch, class E>
   static AE_INLINE void add_row(A factor, const E* x, int from, A* c, int to) {

@@ -5,6 +5,11 @@
 //   scratch    LinearBackwardScratch, a chunk's tiles
 //   head       for each value head of a block: the state before every chunk, in the multiply type;
 //              the running state, later its adjoint; under the delta rule what the chunks wrote
+//
+// States are transposed here, a row for each column of v: S^T [Dv][D] is what dO is multiplied by,
+// U^T what v is, so that gradients of q and k come out with a token a row. In the multiply type
+// they are B operands over the columns of v.
+//
 // Where the value heads of a key head are in several blocks, each block has its own sums of dq and
 // dk, [blocks][B * Hk][L][D]. All of it is linear in L.
 #pragma once
@@ -31,6 +36,10 @@ struct LinearBackwardTypes : LinearTypes<Plan> {
   static constexpr int C = Plan::kChunk, kVectors = C / T::W;
   static constexpr int kVWidth = row_pitch<A>(T::kDv);
   static constexpr int kDp = T::kDPitch, kVp = linear_pitch<A>(T::kDv);
+  // Of a transposed state.
+  static constexpr int kStateRows = int(round_up(T::kDv, T::kPair));
+  static constexpr int kSp = linear_pitch<A>(T::kD);
+  static constexpr int64_t kState = int64_t(kStateRows) * kSp;
   static_assert(C % T::W == 0, "a chunk is whole vectors");
 };
 
@@ -59,10 +68,6 @@ struct LinearBackwardScratch {
   alignas(64) M q_row[kR * kTileD];
   alignas(64) M k_row[kR * kTileD];
   alignas(64) M k_col[kShared * kTileD];
-  alignas(64) A q_t[kShared * kTileD];
-  alignas(64) A k_t[kShared * kTileD];
-  alignas(64) A dq_t[kShared * kTileD];
-  alignas(64) A dk_t[kShared * kTileD];
   alignas(64) A qk[kShared * kTileC];
   alignas(64) A kk[kShared * kDelta * kTileC];
   alignas(64) A sum_qk[kShared * kTileC];           // sums over heads of the gradients of qk
@@ -75,13 +80,12 @@ struct LinearBackwardScratch {
   alignas(64) M v_nat[kR * kTileV];
   alignas(64) M v_col[C * kDv];
   alignas(64) M dout_nat[kR * kTileV];
-  alignas(64) M dout_col[C * kDv];
   alignas(64) M dout_row[kR * kTileV];
   alignas(64) M scaled_row[kTileV];
-  alignas(64) M state_nat[kR * X::kD * X::kVp];
-  alignas(64) M state_row[kR * X::kDRows * X::kVp];
-  alignas(64) A x_t[kTileD];
-  alignas(64) A y_t[kDelta * kTileD];
+  alignas(64) M state_row[kR * X::kState];             // U^T as an operand over columns of v,
+  alignas(64) M state_by_channel[X::kDRows * X::kVp];  // a state as one over channels
+  alignas(64) A tile[kTileD];                          // products with a state
+  alignas(64) A tile2[(kChannel || kDelta) * kTileD];
   alignas(64) A m[kTileC];               // M
   alignas(64) A dm[kTileC];              // its gradient
   alignas(64) A minus[kDelta * kTileC];  // -A
@@ -114,8 +118,6 @@ struct LinearBackwardScratch {
   alignas(64) M key_pairs[kChannel * kR * kRowsD];
   alignas(64) A e[kChannel * kTileD];  // adjoint of keys on their way to the end
   alignas(64) A dg[kChannel * kTileD];
-  alignas(64) A tile[kChannel * kTileD];
-  alignas(64) A tile2[kChannel * kTileD];
   alignas(64) M tile_row[kChannel * kR * kTileD];
   alignas(64) M key_natural[kKeys * kR * kTileC];
   alignas(64) M key_pairs_of[kKeys * kR * kTileC];
@@ -130,7 +132,7 @@ struct LinearBackwardScratch {
   alignas(64) A right[C];
   alignas(64) A grad[C];
   alignas(64) A crossing[X::kDp];
-  alignas(64) A factor[X::kDp];  // of the rows of the state, over the whole chunk
+  alignas(64) A factor[X::kDp];  // of each channel of the state, over the whole chunk
 };
 
 // The memory of a value head.
@@ -138,7 +140,7 @@ template <class Plan>
 struct LinearBackwardHead {
   using A = typename LinearBackwardTypes<Plan>::A;
   using M = typename LinearBackwardTypes<Plan>::M;
-  A* state;    // [kD][kVp] running state, then U
+  A* state;    // running S^T, then U^T
   A* z;        // [kDp] running z, then its part of U
   char* kept;  // of every chunk: the state before it, z, W and r
   int64_t pitch, z_at, written_at, residual_at;
@@ -179,12 +181,12 @@ struct LinearBackwardCut {
     tasks = pairs * blocks;
   }
 
-  int64_t state_bytes() const { return linear_line(int64_t(X::kD) * X::kVp * sizeof(M)); }
+  int64_t state_bytes() const { return linear_line(X::kState * int64_t(sizeof(M))); }
   int64_t z_bytes() const { return X::kNormalizer ? linear_line(X::kDp * sizeof(A)) : 0; }
   int64_t written_bytes() const {
     return X::kDelta ? linear_line(int64_t(X::C) * X::kVp * sizeof(A)) : 0;
   }
-  int64_t running_bytes() const { return linear_line(int64_t(X::kD) * X::kVp * sizeof(A)); }
+  int64_t running_bytes() const { return linear_line(X::kState * int64_t(sizeof(A))); }
   int64_t head_bytes() const { return running_bytes() + z_bytes() + chunks * kept_bytes(); }
   int64_t kept_bytes() const { return state_bytes() + z_bytes() + 2 * written_bytes(); }
   LinearBackwardHead<Plan> head(char* base) const {

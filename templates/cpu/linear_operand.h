@@ -20,19 +20,26 @@ AE_INLINE typename Lanes<A>::Acc load_lanes(const E* p, int64_t col, int count) 
   }
 }
 
-// Two rows of lanes as pairs of the multiply type, and one row (`odd` is unused).
+// Two rows of lanes as pairs of the multiply type: W units, of 32 bits for bf16; one row (`odd` is
+// unused) where products take no pairs.
 template <class M, class V>
-AE_INLINE void store_pairs(M* p, V even, V odd) {
+AE_INLINE auto pair_lanes(V even, V odd) {
 #if defined(__AVX512BF16__)
   if constexpr (__is_same(M, bf16)) {
     const auto both = (Vector<uint16_t, 32>)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
     Vector<uint16_t, 32> lane{};
     for (int i = 0; i < 32; ++i) lane[i] = uint16_t(i / 2 + i % 2 * 16);
-    store_vector(p, __builtin_shuffle(both, lane));
-    return;
+    return (Vector<uint32_t, 16>)__builtin_shuffle(both, lane);
+  } else {
+    return even;
   }
+#else
+  return even;
 #endif
-  store_vector(p, even);
+}
+template <class M, class V>
+AE_INLINE void store_pairs(M* p, V even, V odd) {
+  store_vector(p, pair_lanes<M>(even, odd));
 }
 
 // N elements of two rows as pairs at `to`, or of `even` alone where products take no pairs;

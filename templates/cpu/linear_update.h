@@ -4,30 +4,46 @@
 
 namespace ae {
 
-// kRows x (kRegs W) of S, N elements between rows. Meanwhile the rows below are fetched: a state
-// comes from the second cache. `packed` null: no copy.
-template <class T, int kRows, int kRegs>
+// What becomes of a state before products are added: nothing, or a factor of each row or column.
+enum class StateDecay { kNone, kByRow, kByColumn };
+
+// How a state lies: kRows x kWidth of it are updated, rows kPitch elements apart, from a B operand
+// with rows of kOperandPitch.
+template <int kRows_, int kWidth_, int kPitch_, int kOperandPitch_, StateDecay kDecay_>
+struct LinearStateLayout {
+  static constexpr int kRows = kRows_, kWidth = kWidth_, kPitch = kPitch_;
+  static constexpr int kOperandPitch = kOperandPitch_;
+  static constexpr StateDecay kDecay = kDecay_;
+  static constexpr bool kByColumn = kDecay == StateDecay::kByColumn;
+};
+
+// kRows x (kRegs W) of S, from `from` to `to`, which may be the same. Meanwhile the rows below are
+// fetched: a state comes from the second cache. `packed` null: no copy.
+template <class T, class S, int kRows, int kRegs>
 AE_INLINE void update_block(int64_t steps, const typename T::M* a, int64_t a_row, int64_t a_step,
-                            const typename T::M* b, typename T::Acc* s,
-                            const typename T::Acc* factor, typename T::M* packed,
-                            LinearFetch& next) {
+                            const typename T::M* b, const typename T::Acc* from,
+                            typename T::Acc* to, const typename T::Acc* factor,
+                            typename T::M* packed, LinearFetch& next) {
   using Step = GemmStep<typename T::Acc, typename T::M>;
   using V = typename Step::V;
-  constexpr int N = T::kPanel, W = T::W, kPair = T::kPair;
+  constexpr int N = S::kPitch, W = T::W, kPair = T::kPair;
   V sum[kRows][kRegs];
 #pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
+  for (int j = 0; j < kRegs; ++j) {
+    V column{};
+    if constexpr (S::kByColumn) column = load_vector<V>(factor + j * W);
 #pragma GCC unroll 8
-    for (int j = 0; j < kRegs; ++j) {
-      sum[i][j] = load_vector<V>(s + i * N + j * W);
-      if constexpr (T::kDecay != DecayKind::kNone) sum[i][j] *= factor[i];
-      __builtin_prefetch(s + (i + kRows) * N + j * W);
+    for (int i = 0; i < kRows; ++i) {
+      sum[i][j] = load_vector<V>(from + i * N + j * W);
+      if constexpr (S::kByColumn) sum[i][j] *= column;
+      if constexpr (S::kDecay == StateDecay::kByRow) sum[i][j] *= factor[i];
+      __builtin_prefetch(from + (i + kRows) * N + j * W);
     }
   }
   while (steps > 0) {
     LinearRun run = next.take(steps, b);
     steps -= run.steps;
-    for (; run.steps > 0; --run.steps, a += a_step, b += N * kPair) {
+    for (; run.steps > 0; --run.steps, a += a_step, b += S::kOperandPitch * kPair) {
       run.fetch();
       V bv[kRegs];
 #pragma GCC unroll 8
@@ -43,7 +59,7 @@ AE_INLINE void update_block(int64_t steps, const typename T::M* a, int64_t a_row
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < kRegs; ++j) store_vector(s + i * N + j * W, sum[i][j]);
+    for (int j = 0; j < kRegs; ++j) store_vector(to + i * N + j * W, sum[i][j]);
   }
   if constexpr (kPair == 2) {
     if (packed == nullptr) return;
@@ -57,17 +73,19 @@ AE_INLINE void update_block(int64_t steps, const typename T::M* a, int64_t a_row
   }
 }
 
-template <class T, int kRegs>
+template <class T, class S, int kRegs>
 __attribute__((noinline)) void update_panel(int64_t steps, const typename T::M* a, int64_t a_row,
                                             int64_t a_step, const typename T::M* b,
-                                            typename T::Acc* s, const typename T::Acc* factor,
-                                            typename T::M* packed, LinearFetch& next) {
+                                            const typename T::Acc* from, typename T::Acc* to,
+                                            const typename T::Acc* factor, typename T::M* packed,
+                                            LinearFetch& next) {
   int i = 0;
   const auto rows = [&]<int kRows>() {
-    for (; i + kRows <= T::kD; i += kRows) {
-      update_block<T, kRows, kRegs>(steps, a + i * a_row, a_row, a_step, b,
-                                    s + int64_t(i) * T::kPanel, factor + i,
-                                    packed ? packed + int64_t(i) * T::kPanel : nullptr, next);
+    for (; i + kRows <= S::kRows; i += kRows) {
+      const int64_t at = int64_t(i) * S::kPitch;
+      update_block<T, S, kRows, kRegs>(steps, a + i * a_row, a_row, a_step, b, from + at, to + at,
+                                       S::kByColumn ? factor : factor + i,
+                                       packed ? packed + at : nullptr, next);
     }
   };
   rows.template operator()<kGemmRows>();
@@ -76,20 +94,21 @@ __attribute__((noinline)) void update_panel(int64_t steps, const typename T::M* 
   rows.template operator()<1>();
 }
 
-// A panel of a state, [kD][kPanel]: rows times `factor` (where there is a decay) plus A B over
-// `steps` steps of tokens; a as gemm.h has it, b with rows of kPanel. `packed`, if not null, gets
-// the new state as pack_state has it.
-template <class T>
+// A state of the layout S: `to` = `from` times `factor` (unused without decay) plus A B
+// over `steps` steps of tokens; a as gemm.h has it. `packed`, if not null, gets the new state as
+// pairs of rows, as pack_state has it.
+template <class T, class S>
 void update_state(int64_t steps, const typename T::M* a, int64_t a_row, int64_t a_step,
-                  const typename T::M* b, typename T::Acc* s, const typename T::Acc* factor,
-                  typename T::M* packed, LinearFetch& next) {
-  constexpr int kColumns = kGemmRegs * T::W, kRest = T::kPanel % kColumns / T::W;
+                  const typename T::M* b, const typename T::Acc* from, typename T::Acc* to,
+                  const typename T::Acc* factor, typename T::M* packed, LinearFetch& next) {
+  constexpr int kColumns = kGemmRegs * T::W, kRest = S::kWidth % kColumns / T::W;
   const auto panel = [&]<int kRegs>(int j) {
-    update_panel<T, kRegs>(steps, a, a_row, a_step, b + j * T::kPair, s + j, factor,
-                           packed ? packed + j * T::kPair : nullptr, next);
+    update_panel<T, S, kRegs>(steps, a, a_row, a_step, b + j * T::kPair, from + j, to + j,
+                              S::kByColumn ? factor + j : factor,
+                              packed ? packed + j * T::kPair : nullptr, next);
   };
   int j = 0;
-  for (; j + kColumns <= T::kPanel; j += kColumns) panel.template operator()<kGemmRegs>(j);
+  for (; j + kColumns <= S::kWidth; j += kColumns) panel.template operator()<kGemmRegs>(j);
   if constexpr (kRest > 0) panel.template operator()<kRest>(j);
 }
 

@@ -364,7 +364,10 @@ class LinearWalk {
       k = Channel::update_operand(at<Acc>(kAt.keys), n, at<M>(kAt.k_channels));
       row = C, step = T::kPair;
     }
-    update_state<T>((n + T::kPair - 1) / T::kPair, k, row, step, v, state, decay_, packed, ahead);
+    constexpr auto kDecay = T::kDecay == DecayKind::kNone ? StateDecay::kNone : StateDecay::kByRow;
+    using State = LinearStateLayout<T::kD, N, N, N, kDecay>;
+    update_state<T, State>((n + T::kPair - 1) / T::kPair, k, row, step, v, state, state, decay_,
+                           packed, ahead);
   }
 };
 

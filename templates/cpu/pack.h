@@ -147,7 +147,7 @@ AE_INLINE bool pack_row(M* dst, const E* src, int64_t col, const Mod& mod, int64
   constexpr int W = Lanes<A>::W;
   NonFinite<A, M> bad;
   for (int d = 0; d < D; d += W) {
-    __builtin_prefetch(src + d * col + ahead, 0, 2);
+    if (ahead != 0) __builtin_prefetch(src + d * col + ahead, 0, 2);
     const auto v = load_packed<A, M>(src + d * col, col, D - d < W ? D - d : W, mod);
     bad.add(v);
     store_vector(dst + d, v);
@@ -171,16 +171,42 @@ template <class A, int D, class Row, class Mod>
 bool pack_pairs(bf16* dst, const Row& row, int64_t col, int n, int rows, const Mod& mod,
                 int64_t ahead = 0) {
   constexpr int W = Lanes<A>::W, kPitch = row_pitch<A>(D);
+  using E = typename Pointee<decltype(row(0))>::type;
   using H = typename Packed<A, bf16>::V;
   using U = Vector<uint32_t, W>;
+  using P = Vector<uint16_t, 2 * W>;
+  P low{}, high{};
+  for (int i = 0; i < 2 * W; ++i) {
+    low[i] = uint16_t(i / 2 + i % 2 * 2 * W);
+    high[i] = uint16_t(low[i] + W);
+  }
   NonFinite<A, bf16> bad;
   for (int i = 0; i < n; i += 2) {
     const auto *even = row(i), *odd = row(i + 1 < n ? i + 1 : i);
     bf16* out = dst + int64_t(i) * kPitch;
-    for (int d = 0; d < D; d += W) {
+    int d = 0;
+    if constexpr (__is_same(E, bf16) && __is_same(Mod, NoMod) && D >= 2 * W) {
+      // Interleaved as they are.
+      if (col == 1 && i + 1 < n) {
+        for (; d + 2 * W <= D; d += 2 * W) {
+          if (ahead != 0) {
+            __builtin_prefetch(even + d + ahead, 0, 2);
+            __builtin_prefetch(odd + d + ahead, 0, 2);
+          }
+          const P x = load_vector<P>(even + d), y = load_vector<P>(odd + d);
+          bad.add_units((Vector<int32_t, W>)x);
+          bad.add_units((Vector<int32_t, W>)y);
+          store_vector(out + 2 * d, __builtin_shuffle(x, y, low));
+          store_vector(out + 2 * d + 2 * W, __builtin_shuffle(x, y, high));
+        }
+      }
+    }
+    for (; d < D; d += W) {
       const int count = D - d < W ? D - d : W;
-      __builtin_prefetch(even + d * col + ahead, 0, 2);
-      __builtin_prefetch(odd + d * col + ahead, 0, 2);
+      if (ahead != 0) {
+        __builtin_prefetch(even + d * col + ahead, 0, 2);
+        __builtin_prefetch(odd + d * col + ahead, 0, 2);
+      }
       const H lo = load_packed<A, bf16>(even + d * col, col, count, mod);
       H hi = load_packed<A, bf16>(odd + d * col, col, count, mod);
       if (i + 1 >= n) hi = H{};
@@ -237,7 +263,7 @@ bool pack_transposed(M* dst, const Row& row, int64_t col, int n, int rows, const
 #pragma GCC unroll 16
         for (int i = 0; i < W; ++i) {
           const E* p = row(i0 + i) + u0 * kPair;
-          __builtin_prefetch(p + ahead, 0, 2);
+          if (ahead != 0) __builtin_prefetch(p + ahead, 0, 2);
           if constexpr (__is_same(M, E)) {
             block[i] = load_vector<Unit>(p);
           } else {

@@ -17,7 +17,7 @@ struct Plan {
   static constexpr int kVirtualWorkers = 32;
   static constexpr int kScanTasks = 0;
   static constexpr int64_t kScanBytes = 262144;
-  static constexpr int64_t kScratchBytes = 450880;
+  static constexpr int64_t kScratchBytes = 377152;
   static constexpr const char* kKey = "cadfc5ae6bbfaaa2176e3923ed8792cb74ddb92e413de35034033d4fc4bd7dff";
 };
 struct Fn {

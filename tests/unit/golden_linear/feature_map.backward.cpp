@@ -17,7 +17,7 @@ struct Plan {
   static constexpr int kVirtualWorkers = 32;
   static constexpr int kScanTasks = 0;
   static constexpr int64_t kScanBytes = 262144;
-  static constexpr int64_t kScratchBytes = 153408;
+  static constexpr int64_t kScratchBytes = 128832;
   static constexpr const char* kKey = "f61c7c4bc836ccbbaa6b10bd1234e2048f526e8e8321fcad2ac12ee61babbaaf";
 };
 struct Fn {

@@ -17,7 +17,7 @@ struct Plan {
   static constexpr int kVirtualWorkers = 32;
   static constexpr int kScanTasks = 0;
   static constexpr int64_t kScanBytes = 262144;
-  static constexpr int64_t kScratchBytes = 656832;
+  static constexpr int64_t kScratchBytes = 628160;
   static constexpr const char* kKey = "3baa2191ff45c46b39b24fe378a6d1555de008743881c95e6712a221b064b347";
 };
 struct Fn {

@@ -17,7 +17,7 @@ struct Plan {
   static constexpr int kVirtualWorkers = 32;
   static constexpr int kScanTasks = 2;
   static constexpr int64_t kScanBytes = 262144;
-  static constexpr int64_t kScratchBytes = 54464;
+  static constexpr int64_t kScratchBytes = 43328;
   static constexpr const char* kKey = "9345ef816d12ab2e7cc126f229e57ed79cc7795a2926b0f0cc17adbf4a2489c1";
 };
 struct Fn {
