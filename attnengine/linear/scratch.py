@@ -53,7 +53,7 @@ def _round(n: int, to: int) -> int:
 
 
 def _pitch(n: int, size: int) -> int:
-    """``linear_pitch`` of ``templates/cpu/linear_backward_work.h``: of n elements, whole vectors."""
+    """``linear_pitch`` of ``templates/cpu/linear_backward_work.h``, of n elements."""
     return n + (64 // size if n * size % 512 == 0 else 0)
 
 

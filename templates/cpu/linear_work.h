@@ -76,13 +76,16 @@ struct LinearAhead {
   }
 };
 
-// Lines at equal distances, one for each step of a product: many at once would hold up its loads.
+// Lines at equal distances, one or two for each step of a product: many at once would hold up its
+// loads.
 struct LinearRun {
   const char* at;
   int64_t stride;  // bytes
   int64_t steps;
+  int64_t more = 0;  // to the second line, in bytes
   AE_INLINE void fetch() {
     __builtin_prefetch(at, 0, 2);
+    __builtin_prefetch(at + more, 0, 2);
     at += stride;
   }
 };
@@ -100,13 +103,14 @@ class LinearFetch {
   AE_INLINE LinearRun take(int64_t steps, const void* here) {
     if (part_ == count_) return {(const char*)here, 0, steps};
     const LinearAhead& x = parts_[part_];
-    LinearRun run{x.base + row_ * x.stride + column_, x.stride, x.rows - row_};
+    const bool two = column_ + 128 <= x.bytes;
+    LinearRun run{x.base + row_ * x.stride + column_, x.stride, x.rows - row_, two ? 64 : 0};
     if (steps < run.steps) {
       run.steps = steps;
       row_ += int(steps);
     } else {
       row_ = 0;
-      column_ += 64;
+      column_ += two ? 128 : 64;
       if (column_ >= x.bytes) ++part_, column_ = 0;
     }
     return run;

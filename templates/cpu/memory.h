@@ -70,6 +70,16 @@ AE_INLINE void store_narrowed(E* p, V x) {
   if constexpr (__is_same(E, bf16)) {
     using U = Vector<uint32_t, W>;
     using H = Vector<uint16_t, W>;
+#if defined(__AVX512BF16__)
+    if constexpr (__is_same(V, Vector<float, 16>)) {
+      // The instruction rounds the same way, but takes subnormals for zero.
+      constexpr int kSubnormal = 0x20;
+      if (_mm512_fpclass_ps_mask((__m512)x, kSubnormal) == 0) [[likely]] {
+        store_vector(p, _mm512_cvtneps_pbh((__m512)x));
+        return;
+      }
+    }
+#endif
     const U u = (U) __builtin_convertvector(x, Vector<float, W>);
     const U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     const U quiet = (u >> 16) | 0x40u;
