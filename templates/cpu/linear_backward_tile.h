@@ -104,6 +104,7 @@ struct LinearTile {
                                int ldc, const A* factor = nullptr) {
     gemm<A, M, N, kMode>(m, steps(k), a, kPair, kPair * pitch, b, ldb, c, ldc, factor);
   }
+
   // ---- states ----
   // Rows of q or k, natural, times a state by channel; rows of v or dO times one by columns of v.
   static void state_times(int n, const M* rows, const M* state, A* c) {
@@ -121,6 +122,7 @@ struct LinearTile {
     using State = LinearStateLayout<X::kDv, X::kDp, X::kSp, X::kDp, kBy>;
     update_state<X, State>(steps(n), values, kPair, kPair * X::kVp, rows, from, to, factor, packed,
                            ahead);
+    if constexpr (X::kDp > X::kD) clear_padding(to, packed);
   }
   // A state by columns of v as one by channel.
   __attribute__((noinline)) static void turn_state(const M* x, M* out) {
@@ -304,6 +306,16 @@ struct LinearTile {
                                  NoMod{});
   }
 
+  // Channels past D: where values hold Inf, their products with zeros are NaN.
+  static void clear_padding(A* state, M* packed) {
+    constexpr int kPadding = X::kDp - X::kD;
+    for (int e = 0; e < X::kDv; ++e) clear(state + int64_t(e) * X::kSp + X::kD, kPadding);
+    if (packed == nullptr) return;
+    for (int row = 0; row < X::kStateRows / kPair; ++row) {
+      clear(unit_at(packed, row, X::kD), kPadding * kPair);
+    }
+  }
+
   // A state in units, load(row, d), as an operand over channels; column(d) when all rows of a
   // column of vectors were loaded.
   template <class Load, class Column>
@@ -322,20 +334,13 @@ struct LinearTile {
         const int left = X::kDRows - d, n = left < W ? left : W;
         if constexpr (kPair == 2) {
           using H = Vector<uint16_t, 2 * W>;
-          H low{}, high{};
-          for (int i = 0; i < 2 * W; ++i) {
-            low[i] = uint16_t(i / 2 + i % 2 * 2 * W);
-            high[i] = uint16_t(low[i] + W);
-          }
 #pragma GCC unroll 8
           for (int i = 0; i < W; i += 2) {
             if (i >= n) break;
-            const H x = (H)block[i], y = (H)block[i + 1];
+            const auto pairs = interleaved((H)block[i], (H)block[i + 1]);
             M* to = out + int64_t(d + i) * X::kVp + 4 * row;
-            store_vector(to, __builtin_shuffle(x, y, low));
-            if (2 * row + W < X::kVWidth) {
-              store_vector(to + 2 * W, __builtin_shuffle(x, y, high));
-            }
+            store_vector(to, pairs.low);
+            if (2 * row + W < X::kVWidth) store_vector(to + 2 * W, pairs.high);
           }
         } else {
 #pragma GCC unroll 16

@@ -59,15 +59,10 @@ AE_INLINE void each_pair(const E* even, const E* odd, M* to, const Visit& visit)
     // Interleaved as they are; pairs widen in place.
     using H = Vector<uint16_t, 2 * W>;
     using U = Vector<uint32_t, W>;
-    H low{}, high{};
-    for (int i = 0; i < 2 * W; ++i) {
-      low[i] = uint16_t(i / 2 + i % 2 * 2 * W);
-      high[i] = uint16_t(low[i] + W);
-    }
 #pragma GCC unroll 8
     for (int j = 0; j < N; j += 2 * W) {
-      const H x = load_vector<H>(even + j), y = load_vector<H>(odd + j);
-      const U pairs[2] = {(U)__builtin_shuffle(x, y, low), (U)__builtin_shuffle(x, y, high)};
+      const auto both = interleaved(load_vector<H>(even + j), load_vector<H>(odd + j));
+      const U pairs[2] = {(U)both.low, (U)both.high};
       for (int h = 0; h < 2; ++h) {
         store_vector(to + 2 * (j + h * W), pairs[h]);
         visit(j + h * W, (V)(pairs[h] << 16), (V)(pairs[h] & 0xffff0000u));

@@ -109,6 +109,22 @@ class NonFinite {
   }
 };
 
+// x0 y0 x1 y1 ..: of the lower and of the upper half of two vectors.
+template <class V>
+struct Interleaved {
+  V low, high;
+};
+template <class V>
+AE_INLINE Interleaved<V> interleaved(V x, V y) {
+  constexpr int N = sizeof(V) / sizeof(x[0]);
+  V low{}, high{};
+  for (int i = 0; i < N; ++i) {
+    low[i] = i / 2 + i % 2 * N;
+    high[i] = low[i] + N / 2;
+  }
+  return {__builtin_shuffle(x, y, low), __builtin_shuffle(x, y, high)};
+}
+
 // The slow case of load_packed: strided elements, or fewer than W.
 template <class E, int W>
 __attribute__((noinline)) void copy_elements(E* out, const E* p, int64_t col, int count) {
@@ -175,11 +191,6 @@ bool pack_pairs(bf16* dst, const Row& row, int64_t col, int n, int rows, const M
   using H = typename Packed<A, bf16>::V;
   using U = Vector<uint32_t, W>;
   using P = Vector<uint16_t, 2 * W>;
-  P low{}, high{};
-  for (int i = 0; i < 2 * W; ++i) {
-    low[i] = uint16_t(i / 2 + i % 2 * 2 * W);
-    high[i] = uint16_t(low[i] + W);
-  }
   NonFinite<A, bf16> bad;
   for (int i = 0; i < n; i += 2) {
     const auto *even = row(i), *odd = row(i + 1 < n ? i + 1 : i);
@@ -196,8 +207,9 @@ bool pack_pairs(bf16* dst, const Row& row, int64_t col, int n, int rows, const M
           const P x = load_vector<P>(even + d), y = load_vector<P>(odd + d);
           bad.add_units((Vector<int32_t, W>)x);
           bad.add_units((Vector<int32_t, W>)y);
-          store_vector(out + 2 * d, __builtin_shuffle(x, y, low));
-          store_vector(out + 2 * d + 2 * W, __builtin_shuffle(x, y, high));
+          const auto pairs = interleaved(x, y);
+          store_vector(out + 2 * d, pairs.low);
+          store_vector(out + 2 * d + 2 * W, pairs.high);
         }
       }
     }
