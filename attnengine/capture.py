@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 _SCALARS = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device)
+_OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 _LIBRARIES = ("torch", "math", "builtins", "operator", "functools", "numpy", "attnengine")
 
 
@@ -38,8 +39,8 @@ class _Walk:
     def __init__(self) -> None:
         self.tensors: list[torch.Tensor] = []
         self.positions: dict[int, int] = {}
-        self.functions: dict[int, int] = {}
-        self.spaces: dict[int, int] = {}  # modules and classes
+        self.functions: dict[int, int] = {}  # and modules of torch.nn
+        self.spaces: dict[int, int] = {}  # modules of Python and classes
         self.opaque = False
 
     def tensor(self, t: torch.Tensor) -> tuple:
@@ -71,22 +72,36 @@ class _Walk:
             return ("dict", tuple((self.value(k), self.value(v)) for k, v in x.items()))
         if isinstance(x, types.ModuleType):
             return ("module", x.__name__)
-        name = getattr(x, "__module__", None)
-        if isinstance(x, (type, types.BuiltinFunctionType)) or (
-            name is not None and name.split(".")[0] in ("torch", "math", "operator")
-        ):
-            return ("name", name, getattr(x, "__qualname__", type(x).__name__))
+        if isinstance(x, types.BuiltinFunctionType):
+            owner = x.__self__
+            if owner is None or isinstance(owner, (type, types.ModuleType)):
+                return ("name", x.__module__, x.__qualname__)
+            return ("method", x.__qualname__, self.value(owner))  # tensor.mul
+        if isinstance(x, (type, *_OPERATORS)):
+            return ("name", x.__module__, x.__qualname__)
+        if isinstance(x, torch.nn.Module) and _is_torch(type(x)):
+            return self.module(x)
         if isinstance(x, types.MethodType):
             self.opaque = True
             return ("method", self.value(x.__func__), id(x.__self__))
         self.opaque = True
         return ("object", type(x).__qualname__, id(x))
 
+    def module(self, m: torch.nn.Module) -> tuple:
+        """A module of torch's own: class and attributes say all. Of other classes they would not:
+        what their methods read is not known."""
+        seen = self.functions.get(id(m))
+        if seen is not None:
+            return ("again", seen)
+        self.functions[id(m)] = len(self.functions)
+        fields = {n: v for n, v in vars(m).items() if n != "_non_persistent_buffers_set"}
+        return ("module of", type(m).__module__, type(m).__qualname__, self.value(fields))
+
     def function(self, f: types.FunctionType) -> tuple:
         seen = self.functions.get(id(f))
         if seen is not None:
             return ("again", seen)
-        if f.__module__ is not None and f.__module__.split(".")[0] == "torch":
+        if _is_torch(f):
             return ("name", f.__module__, f.__qualname__)
         self.functions[id(f)] = len(self.functions)
         code = f.__code__
@@ -125,6 +140,11 @@ class _Walk:
             if v is not None
         )
         return ("space", home, getattr(x, "__qualname__", ""), read)
+
+
+def _is_torch(x: Any) -> bool:
+    """Whether a function or class is torch's own, so that its name says what it does."""
+    return x.__module__ is not None and x.__module__.split(".")[0] == "torch"
 
 
 @functools.lru_cache(maxsize=4096)

@@ -232,7 +232,8 @@ def program(
         if found is not None:
             return found.in_form(form)
         made = _made(spec, captures, element, d, dv, isa)
-        if not captures.opaque:
+        # Tensors that the fingerprint did not see may be others next time.
+        if not captures.opaque and not made.extra:
             _programs[key] = made
         return made.in_form(form)
 

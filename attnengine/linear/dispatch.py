@@ -194,7 +194,8 @@ def program(
         found = None if captures.opaque else _remembered(key, sizes)
         if found is None:
             found = _made(spec, captures, request, sizes, isa)
-            if not captures.opaque:
+            # Tensors that the fingerprint did not see may be others next time.
+            if not captures.opaque and not found.extra:
                 _programs.setdefault(key, []).append(found)
         return found
 

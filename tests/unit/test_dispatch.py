@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import os
 import pathlib
 import subprocess
@@ -215,6 +217,49 @@ def test_objects_are_opaque() -> None:
     assert captures_of(made(CONFIG)).opaque
     assert not captures_of(made(torch.ones(()))).opaque
     assert not captures_of(lambda s, b, h, q, k: torch.where(q > k, s, 0.0)).opaque
+    assert captures_of(operator.methodcaller("tanh")).opaque
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda c: torch.nn.LeakyReLU(c),
+        lambda c: torch.nn.Sequential(torch.nn.Tanh(), torch.nn.Softplus(c)),
+        lambda c: (lambda m: lambda x: m(x))(torch.nn.Hardtanh(-c, c)),
+        lambda c: functools.partial(torch.nn.functional.leaky_relu, negative_slope=c),
+        lambda c: (torch.relu, torch.tanh)[c > 1],
+        lambda c: (torch.ops.aten.relu, torch.ops.aten.tanh)[c > 1],
+        lambda c: (torch.ops.aten.relu.default, torch.ops.aten.tanh.default)[c > 1],
+    ],
+    ids=["module", "modules", "captured module", "partial", "function", "packet", "overload"],
+)
+def test_signature_follows_what_torch_made(made: Callable) -> None:
+    """Objects of torch's own classes are what their attributes say, not only their class."""
+    assert signature(made(1.0)) == signature(made(1.0)) != signature(made(2.0))
+    assert not captures_of(made(1.0)).opaque
+
+
+def test_tensors_of_objects_are_rebound() -> None:
+    gate, module = torch.ones(2), torch.nn.PReLU()
+    assert captures_of(gate.mul).tensors == (gate,)
+    assert captures_of(module, module).tensors == (module.weight,)
+    assert signature(gate.mul) == signature(torch.zeros(2).mul) != signature(gate.add)
+
+
+GATE = torch.ones(())
+
+
+@pytest.mark.compiles
+def test_a_tensor_out_of_the_fingerprints_sight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program whose tensors only tracing found is not one for the next spec of the same code."""
+
+    def made() -> ae.AttentionSpec:
+        return ae.AttentionSpec(score_mod=lambda s, b, h, q, k: s * globals()["GATE"])
+
+    first = call(made())
+    monkeypatch.setitem(globals(), "GATE", torch.full((), 3.0))
+    near(call(made()), reference(made()))
+    assert (call(made()) - first).abs().max() > 1e-2
 
 
 @pytest.mark.compiles

@@ -127,6 +127,31 @@ def test_autocast_casts_q_k_and_v() -> None:
 # -- what is traced --------------------------------------------------------------------------------
 
 
+def judged(spec: ae.LinearAttentionSpec) -> None:
+    x = operands()
+    near(ae.linear_attention(spec=spec, **x), ae.reference(spec=spec, **x))
+
+
+def test_hooks_that_are_objects_of_torch() -> None:
+    """Two of one class share no program unless they mean the same; their tensors are rebound."""
+    for slope in (0.1, 0.9):
+        judged(ae.LinearAttentionSpec(v_mod=torch.nn.LeakyReLU(slope)))
+        judged(ae.LinearAttentionSpec(v_mod=torch.nn.PReLU(init=slope)))
+        judged(ae.LinearAttentionSpec(v_mod=torch.full((DV,), slope).mul))
+
+
+GATE = torch.ones(())
+
+
+def test_a_tensor_out_of_the_fingerprints_sight(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made() -> ae.LinearAttentionSpec:
+        return ae.LinearAttentionSpec(out_mod=lambda x: x * globals()["GATE"])
+
+    judged(made())
+    monkeypatch.setitem(globals(), "GATE", torch.full((), 3.0))
+    judged(made())
+
+
 def test_a_fresh_lambda_is_not_traced_again() -> None:
     def spec() -> ae.LinearAttentionSpec:
         return ae.LinearAttentionSpec(q_mod=lambda x: x * 1.0)
