@@ -127,6 +127,16 @@ class AttentionSpec:
             raise TypeError(f"row_func={self.row_func!r}: expected an OnlineFunc instance{hint}")
         check_row_function(self.row_func)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return said(self)
+
+
+def said(spec: Any) -> dict[str, Any]:
+    """What a copy or a pickle of a spec keeps: not the kernels that calls left on it, which are
+    bound to its captured tensors."""
+    bound = ("_captures", "_handle", "_handles", "_linear")
+    return {n: x for n, x in vars(spec).items() if n not in bound}
+
 
 _FORMS = {
     "score_mod": "score_mod(score, b, h, q_idx, kv_idx)",

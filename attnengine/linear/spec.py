@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from ..spec import _check_callable, _finite
+from ..spec import _check_callable, _finite, said
 
 NORMALIZERS = (None, "sum")
 HOOKS = ("q_mod", "k_mod", "v_mod", "decay_mod", "out_mod")
@@ -47,3 +48,6 @@ class LinearAttentionSpec:
             object.__setattr__(self, "scale", _finite("scale", self.scale))
         if self.normalizer not in NORMALIZERS:
             raise ValueError(f'normalizer={self.normalizer!r}: expected None or "sum"')
+
+    def __getstate__(self) -> dict[str, Any]:
+        return said(self)

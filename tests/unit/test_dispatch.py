@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import operator
 import os
 import pathlib
+import pickle
 import subprocess
 import sys
 import threading
@@ -244,6 +246,16 @@ def test_tensors_of_objects_are_rebound() -> None:
     assert captures_of(gate.mul).tensors == (gate,)
     assert captures_of(module, module).tensors == (module.weight,)
     assert signature(gate.mul) == signature(torch.zeros(2).mul) != signature(gate.add)
+
+
+@pytest.mark.compiles
+def test_a_spec_is_copied_without_its_kernels() -> None:
+    """A model that holds a spec is copied and pickled after it ran, too."""
+    spec = ae.AttentionSpec(q_mod=torch.tanh)
+    want = call(spec)
+    for other in (copy.copy(spec), copy.deepcopy(spec), pickle.loads(pickle.dumps(spec))):
+        assert not any(name.startswith("_") for name in vars(other))
+        assert torch.equal(call(other), want)
 
 
 GATE = torch.ones(())

@@ -3,6 +3,9 @@ tests/numerics/test_linear.py, with whose modules these tests make do."""
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -150,6 +153,15 @@ def test_a_tensor_out_of_the_fingerprints_sight(monkeypatch: pytest.MonkeyPatch)
     judged(made())
     monkeypatch.setitem(globals(), "GATE", torch.full((), 3.0))
     judged(made())
+
+
+def test_a_spec_is_copied_without_its_kernels() -> None:
+    """A model that holds a spec is copied and pickled after it ran, too."""
+    x, spec = operands(), ae.LinearAttentionSpec(q_mod=torch.tanh)
+    want = ae.linear_attention(spec=spec, **x)
+    for other in (copy.copy(spec), copy.deepcopy(spec), pickle.loads(pickle.dumps(spec))):
+        assert other == spec and "_linear" not in vars(other)
+        assert torch.equal(ae.linear_attention(spec=other, **x), want)
 
 
 def test_a_fresh_lambda_is_not_traced_again() -> None:
