@@ -23,7 +23,7 @@ _forward = ops.forward
 
 
 def _kinds(tensors: Sequence[Tensor]) -> list[tuple]:
-    return [(t.dtype, t.dim(), t.requires_grad) for t in tensors]
+    return [(t.dtype, t.shape, t.requires_grad) for t in tensors]
 
 
 class LinearHandle:

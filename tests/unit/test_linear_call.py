@@ -271,6 +271,18 @@ def test_a_captured_tensor_that_comes_to_require_grad(spec: ae.LinearAttentionSp
     assert torch.equal(before, after) and gate.grad is not None and gate.grad.any()
 
 
+def test_a_captured_tensor_that_gets_another_shape() -> None:
+    """A dimension that was 1 is read at 0 alone."""
+    gate = torch.randn(4, 1, 1)
+    spec = ae.LinearAttentionSpec(out_mod=lambda x: x * gate)
+    for shape in ((4, 1, 1), (4, 9, DV), (1, 1, 1), (DV,)):
+        gate.data = torch.randn(shape)
+        judged(spec)
+    gate.data = torch.randn(5, 1, 1)
+    with pytest.raises(ae.TraceError, match="out_mod"):
+        judged(spec)
+
+
 def test_a_captured_tensor_that_has_no_gradient() -> None:
     """Read at computed indices: a call that wants its gradient is refused, none is lost."""
     table, index = torch.randn(7, requires_grad=True), torch.tensor([3, 1, 0, 6])
