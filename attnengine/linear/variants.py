@@ -81,7 +81,7 @@ def mamba2(
 def elu_linear(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
     """o_t = sum_s f(q_t).f(k_s) v_s / sum_s f(q_t).f(k_s), s <= t, f(x) = elu(x) + 1 (causal linear
     transformer, arXiv:2006.16236)."""
-    return _call(q, k, v, LinearAttentionSpec(q_mod=_elu1, k_mod=_elu1, normalizer="sum"))
+    return _call(q, k, v, _ELU)
 
 
 def delta_net(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> dict[str, Any]:
@@ -104,8 +104,13 @@ def kda(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> dict[str, A
 def _call(
     q: Tensor, k: Tensor, v: Tensor, spec: LinearAttentionSpec | None = None, **others: Any
 ) -> dict[str, Any]:
-    return {"q": q, "k": k, "v": v, "spec": spec or LinearAttentionSpec(), **others}
+    return {"q": q, "k": k, "v": v, "spec": spec or _PLAIN, **others}
 
 
 def _elu1(x: Tensor) -> Tensor:
     return torch.nn.functional.elu(x) + 1.0
+
+
+# Of all calls: a spec remembers its kernels, and inside torch.compile only such a spec has any.
+_PLAIN = LinearAttentionSpec()
+_ELU = LinearAttentionSpec(q_mod=_elu1, k_mod=_elu1, normalizer="sum")

@@ -103,6 +103,17 @@ def test_compile_of_a_cold_spec_says_what_to_do() -> None:
         f()
 
 
+def test_compile_of_a_named_variant() -> None:
+    """Its spec is one for all calls, so that an eager call prepares what a graph calls."""
+    x = operands()
+
+    def f(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
+        return ae.linear_attention(**ae.linear_variants.simple_gla(q, k, v, decay))
+
+    want = f(**x)
+    near(torch.compile(f, fullgraph=True, backend="aot_eager")(**x), want)
+
+
 class Model(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
