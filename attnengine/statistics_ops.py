@@ -75,6 +75,7 @@ def check(
                 "in this version: use .cpu(), or attnengine.token_statistics_reference, which runs "
                 "anywhere"
             )
+        check_place(name, x, w)
     if w.dim() != 4:
         raise ValueError(
             f"w must be 4-D [B, h, N, d], got shape {_shape(w)}; from [B, N, h * d]: "
@@ -98,6 +99,22 @@ def check(
                 "causal=True, or no denom_bias"
             )
         check_bias(w, denom_bias, None if cu_seqlens is not None else n)
+
+
+def check_place(name: str, x: Any, w: Tensor) -> None:
+    """Raises TypeError, ValueError unless ``x`` is a dense tensor where w is. (Where a meta tensor
+    is among others torch takes a fake, and its results are memory that nothing was written to.)"""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.device != w.device:
+        raise ValueError(f"{name} is on {x.device}, w on {w.device}: move it there")
+    if x.is_nested:
+        raise ValueError(
+            f"{name} is a nested tensor, expected a dense one; lay the sequences one after the "
+            "other along N and pass cu_seqlens"
+        )
+    if x.layout is not torch.strided:
+        raise ValueError(f"{name} has layout {x.layout}, expected torch.strided; use .to_dense()")
 
 
 def _check_temp(w: Tensor, temp: Tensor) -> None:

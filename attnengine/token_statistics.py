@@ -124,7 +124,11 @@ def token_statistics_attention_step(
         )
     statistics_ops.check(w, temp, True)
     if denom_bias is not None:
+        statistics_ops.check_place("denom_bias", denom_bias, w)
         statistics_ops.check_bias(w, denom_bias, None)
+    if state is not None:
+        for name, x in zip(TokenStatisticsState._fields, state, strict=True):
+            statistics_ops.check_place(f"state.{name}", x, w)
     heads, bias = _wide(w, temp, denom_bias)
     if state is None:
         b, h, _, d = w.shape

@@ -137,8 +137,8 @@ def _call(
             handle = spec.__dict__["_linear"][_kind(q, v, decay, beta)]
             if not handle.serves(q, v):
                 handle = None
-        except (KeyError, AttributeError, IndexError):
-            handle = None  # of other dtypes or head dims, or no tensors at all
+        except (KeyError, AttributeError, IndexError, RuntimeError):
+            handle = None  # of other dtypes or head dims, or no tensors (with sizes) at all
         if handle is None:
             handle = _handle(q, k, v, spec, decay, beta, state, cu_seqlens)
         return handle.run(q, k, v, decay, beta, state, cu_seqlens, want_state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from .spec import LinearAttentionSpec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_NAMES = ", ".join(str(x).removeprefix("torch.") for x in DTYPES)
 KINDS = ("none", "scalar", "channel")
 _READABLE = (Tensor, torch.nn.Parameter)  # not a fake tensor, which has no values
 
@@ -60,7 +62,14 @@ def check_arguments(
         if x is None and name not in ("q", "k", "v"):
             continue
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name}={x!r}: expected a tensor")
+            raise TypeError(f"{name}={reprlib.repr(x)}: expected a tensor")
+        if x.is_nested:
+            raise ValueError(
+                f"{name}: a nested tensor, expected a dense one; lay the sequences one after the "
+                "other along L and pass cu_seqlens"
+            )
+        if x.layout is not torch.strided:
+            raise ValueError(f"{name}: layout {x.layout}, expected torch.strided; use .to_dense()")
         device = device or x.device
         if x.device != device:
             raise ValueError(f"{name}: on {x.device}, but q is on {device}; move it there")
@@ -107,8 +116,7 @@ def _check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
     if not len(a) == len(b) == len(c) == 4:
         raise ValueError(f"q, k [B, Hk, L, D] and v [B, H, L, Dv] must be 4-D; got {shapes}")
     if dtype not in DTYPES:
-        names = ", ".join(str(x).removeprefix("torch.") for x in DTYPES)
-        raise ValueError(f"q: dtype {dtype}, expected one of {names}; convert it")
+        raise ValueError(f"q: dtype {dtype}, expected one of {_NAMES}; convert it")
     if not dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must have one dtype; got {dtype}, {k.dtype}, {v.dtype}")
     if a != b:
@@ -124,8 +132,10 @@ def _check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _check_float(name: str, x: Tensor) -> None:
-    if not x.is_floating_point():
-        raise ValueError(f"{name}: dtype {x.dtype}, expected a floating dtype; convert it")
+    if x.dtype not in DTYPES:
+        raise ValueError(
+            f"{name}: dtype {x.dtype}, expected a floating dtype, {_NAMES}; convert it"
+        )
 
 
 def _decay(decay: Tensor | None, sizes: tuple[int, int, int, int]) -> tuple[str, Tensor | None]:

@@ -23,7 +23,7 @@ from ..builtin import EXPORTED
 from ..capture import Captures, captures_of, stable_text
 from ..errors import KernelUnavailable
 from ..ir import TORCH_DTYPES
-from ..target import default_isa
+from ..target import check_isa, default_isa
 from . import builtin, serialize
 from .elementwise import SIZES
 from .plan_cuda import NO_GRADIENT
@@ -281,7 +281,8 @@ _read: dict[str, LinearProgram] = {}
 def program_of(text: str) -> LinearProgram:
     """The program that a graph exported elsewhere carries, generated for this machine.
 
-    Raises ValueError when the text is damaged or of another format. Nothing is compiled yet.
+    Raises ValueError when the text is damaged or of another format, or asks for instructions that
+    this CPU lacks. Nothing is compiled yet.
     """
     with _tracing:
         found = _read.get(text)
@@ -293,6 +294,8 @@ def program_of(text: str) -> LinearProgram:
 def _generated(text: str) -> LinearProgram:
     meaning = serialize.load(text)
     isa = meaning.isa or default_isa()
+    if meaning.isa is not None:
+        check_isa(isa)
     request = meaning.traced.request
     memo = hashlib.sha256(f"{generator()}{isa} {text}".encode()).hexdigest()
     known = cache.text_get("export", memo)

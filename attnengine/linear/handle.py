@@ -10,10 +10,12 @@ from torch import Tensor
 
 from .. import exported
 from ..ir import DTYPE_NAMES
+from ..reference import Mods
 from . import dispatch, ops
 from .arguments import check_arguments
 from .dispatch import LinearProgram
 from .explain import describe
+from .reference import check_decay, hooked
 from .spec import LinearAttentionSpec
 from .stages import LinearPipeline, Sizes, dtypes, pipeline
 
@@ -103,8 +105,8 @@ class LinearHandle:
             and r.d == q.shape[3]
             and r.dv == v.shape[3]
             and r.decay_kind == _decay_kind(decay)
-            and (decay is None or r.decay_dtype == DTYPE_NAMES[decay.dtype])
-            and r.beta_dtype == (None if beta is None else DTYPE_NAMES[beta.dtype])
+            and (decay is None or r.decay_dtype == DTYPE_NAMES.get(decay.dtype))
+            and r.beta_dtype == (None if beta is None else DTYPE_NAMES.get(beta.dtype, ""))
             and (not self.pinned or self.program.fits(ops._sizes(q, v)))
         )
 
@@ -189,10 +191,15 @@ class LinearHandle:
     ) -> Exception:
         """What is wrong with the operands of a call that failed: the same text at every door."""
         try:
-            check_arguments(
+            found = check_arguments(
                 q, k, v, self.spec, decay=decay, beta=beta, initial_state=state, cu_seqlens=cu
             )
             dispatch.check_place(q)
+            if isinstance(error, ValueError) and found.decay is not None:
+                with torch.no_grad():  # a kernel does not say which value it stopped at
+                    mod, mods = self.spec.decay_mod, Mods(None)
+                    given = found.decay.to(found.acc)
+                    check_decay(hooked("decay_mod", mod, given, mods, found.acc))
         except (TypeError, ValueError, NotImplementedError) as better:
             return better
         return ops.translate(error) if isinstance(error, ValueError) else error

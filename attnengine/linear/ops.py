@@ -160,15 +160,30 @@ def apply(
 # -- fakes of the C++ operators --------------------------------------------------------------------
 
 
-def _check(kernel: int, kind: str, q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> None:
+_NAMES = ("q", "k", "v", "decay", "beta", "initial_state", "cu_seqlens")
+
+
+def _check_places(operands: Sequence[Tensor | None], captures: Sequence[Tensor]) -> None:
+    """Raises ValueError unless all tensors are where q is: where a meta tensor is among others, a
+    fake is called for real, and its results would be memory that nothing was written to."""
+    (q, *_), names = operands, (*_NAMES, *(f"captures[{i}]" for i in range(len(captures))))
+    assert q is not None
+    for name, x in zip(names, (*operands, *captures), strict=True):
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, q on {q.device}: move it there")
+
+
+def _check(
+    kernel: int, kind: str, operands: Sequence[Tensor | None], captures: Sequence[Tensor]
+) -> None:
     """What must hold of shapes and dtypes, which may be symbolic; the operator itself says more."""
+    q, k, v, *_ = operands
+    assert q is not None and k is not None and v is not None
     info = library.kernel_info(kernel)
     if info.kind != kind:
         raise ValueError(f"kernel={kernel} is a {info.kind} kernel, this operator needs a {kind}")
     check_place(q)
-    for name, x in zip(("k", "v", "decay", "beta", "state"), (k, v, *others), strict=True):
-        if x is not None and x.device != q.device:
-            raise ValueError(f"{name} is on {x.device}, q on {q.device}: move it there")
+    _check_places(operands, captures)
     for name, x, width in (("q", q, info.D), ("k", k, info.D), ("v", v, info.Dv)):
         if x.dim() != 4 or x.dtype != info.dtype or x.shape[3] != width:
             raise ValueError(
@@ -203,7 +218,7 @@ def _forward_fake(
     scale: float,
     want_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    _check(kernel, "linear forward", q, k, v, decay, beta, state)
+    _check(kernel, "linear forward", (q, k, v, decay, beta, state, cu_seqlens), captures)
     out = _empty_like_layout(v, v.shape, q.dtype)
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     columns = v.shape[3] + _normalizer(kernel)
@@ -226,7 +241,7 @@ def _backward_fake(
     scale: float,
     wanted: int,
 ) -> tuple[Any, ...]:
-    _check(kernel, "linear backward", q, k, v, decay, beta, state)
+    _check(kernel, "linear backward", (q, k, v, decay, beta, state, cu_seqlens), captures)
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     tokens = v.shape[:3]
     decays = (*tokens, q.shape[3]) if decay is not None and decay.dim() == 4 else tokens
@@ -298,6 +313,7 @@ def _attention_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     q, _, v, *_, cu_seqlens = operands
     program = known(key)
     check_place(q)
+    _check_places(operands, captures)
     element, acc = dtypes(program.request)
     if q.dtype != element or (q.shape[3], v.shape[3]) != (program.request.d, program.request.dv):
         raise ValueError(

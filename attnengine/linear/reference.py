@@ -38,8 +38,8 @@ def reference(
     Arguments, and what is raised for them, as of ``ae.linear_attention``. Computes in fp64 for fp64
     operands, else in fp32, and returns out [B, H, L, Dv] in q's dtype, with ``output_final_state``
     also the state [N, H, D, Dv] ([.., Dv + 1] under a normalizer). ``dtype`` overrides: everything,
-    captured fp32 tensors included, is computed and returned in it. Raises ValueError for a positive
-    log-decay, TraceError for a hook that changes the shape of its operand.
+    captured fp32 tensors included, is computed and returned in it. Raises ValueError for a
+    log-decay that is positive or NaN, TraceError for a hook that changes the shape of its operand.
     """
     spec = LinearAttentionSpec() if spec is None else spec
     found = check_arguments(
@@ -148,8 +148,8 @@ def hooked(name: str, fn: Any, x: Tensor, mods: Mods, acc: torch.dtype) -> Tenso
 
 
 def check_decay(decay: Tensor | None) -> None:
-    """Raises ValueError for a positive log-decay (after decay_mod)."""
-    if decay is not None and bool((decay > 0).any()):
+    """Raises ValueError for a log-decay (after decay_mod) that is positive or NaN."""
+    if decay is not None and not bool((decay <= 0).all()):
         raise ValueError(
             f"decay: largest log-decay (after decay_mod) is {decay.max().item():.6g}, limit 0: a "
             "state that grows overflows; pass logs of factors in [0, 1], such as logsigmoid(x) or "

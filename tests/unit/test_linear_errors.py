@@ -33,6 +33,9 @@ def packed() -> dict[str, Tensor]:
 
 WRONG: dict[str, tuple[type[Exception], str, Callable[[], dict]]] = {
     "no tensor": (TypeError, "q", lambda: operands() | {"q": 3}),
+    "much that is no tensor": (
+        TypeError, r"^q=\[.{,60}\]: expected", lambda: operands() | {"q": [0.0] * 999},
+    ),
     "3-D": (ValueError, "4-D", lambda: operands() | {"v": torch.randn(4, 9, DV)}),
     "dtypes": (ValueError, "dtype", lambda: operands() | {"k": operands()["k"].double()}),
     "integers": (ValueError, "int64", lambda: {n: t.long() for n, t in operands().items()}),
@@ -41,12 +44,33 @@ WRONG: dict[str, tuple[type[Exception], str, Callable[[], dict]]] = {
     "length of v": (ValueError, "length", lambda: operands() | {"v": operands(L=8)["v"]}),
     "decay's shape": (ValueError, "decay", lambda: operands() | {"decay": torch.zeros(3)}),
     "decay's dtype": (ValueError, "decay", lambda: operands() | {"decay": torch.zeros(4).int()}),
+    "decay of 8 bits": (
+        ValueError, "decay: dtype torch.float8_e4m3fn, expected a floating dtype, float32",
+        lambda: operands() | {"decay": (-torch.ones(4)).to(torch.float8_e4m3fn)},
+    ),
+    "beta of 8 bits": (
+        ValueError, "beta: dtype torch.float8_e4m3fn, expected a floating dtype, float32",
+        lambda: operands() | {"beta": torch.ones(2, 4, 9).to(torch.float8_e4m3fn)},
+    ),
+    "a sparse tensor": (
+        ValueError, r"v: layout torch.sparse_coo.*use \.to_dense\(\)",
+        lambda: operands() | {"v": operands()["v"].to_sparse()},
+    ),
+    "a nested tensor": (
+        ValueError, "q: a nested tensor.*pass cu_seqlens",
+        lambda: operands() | {"q": torch.nested.nested_tensor([torch.zeros(2, 3, D)])},
+    ),
+    "a meta tensor among others": (
+        ValueError, "cu_seqlens: on meta, but q is on cpu",
+        lambda: packed() | {"cu_seqlens": CU.to("meta")},
+    ),
     "beta's shape": (ValueError, "beta", lambda: operands() | {"beta": torch.zeros(2, 2, 9)}),
     "positive decay": (
-        ValueError, "decay is positive.*logsigmoid", lambda: operands() | {"decay": torch.ones(4)},
+        ValueError, "decay: largest log-decay .* is 1, .*logsigmoid",
+        lambda: operands() | {"decay": torch.ones(4)},
     ),
     "NaN decay": (
-        ValueError, "decay is positive.*NaN",
+        ValueError, "decay: largest log-decay .* is nan, limit 0",
         lambda: operands() | {"decay": torch.full((2, 4, 9), torch.nan)},
     ),
     "state's shape": (

@@ -11,7 +11,7 @@ from linear_calls import CU, DV, D, gated, near, operands, prepared, with_grad
 from torch import Tensor
 
 import attnengine as ae
-from attnengine.linear import ops
+from attnengine.linear import ops, serialize
 from attnengine.linear.handle import LinearHandle
 
 pytestmark = pytest.mark.compiles
@@ -36,12 +36,17 @@ def handle(spec: ae.LinearAttentionSpec) -> LinearHandle:
     return prepared(spec)
 
 
-@pytest.mark.parametrize("name", ["k", "v", "decay"])
+@pytest.mark.parametrize("name", ["k", "v", "decay", "cu_seqlens"])
 def test_graphs_refuse_operands_on_two_devices(handle: LinearHandle, name: str) -> None:
-    x = operands()
+    """Calls too: with a meta tensor among its operands, torch runs an operator's fake."""
+    x = operands(B=1) | {"beta": None, "state": None, "cu_seqlens": CU}
     x[name] = x[name].to("meta")
-    with pytest.raises(ValueError, match=f"{name} is on meta, q on cpu"):
-        ops._forward_fake(*x.values(), None, None, None, [], handle.id, 1.0, False)
+    for operator, key in ((bare, handle.id), (keyed, handle.key)):
+        with pytest.raises(ValueError, match=f"{name} is on meta, q on cpu"):
+            operator(*x.values(), [], key, 1.0, False)
+    x[name] = CU if name == "cu_seqlens" else operands(B=1)[name]
+    with pytest.raises(ValueError, match=r"captures\[0\] is on meta, q on cpu"):
+        bare(*x.values(), [CU.to("meta")], handle.id, 1.0, False)
 
 
 def test_opcheck(handle: LinearHandle) -> None:
@@ -136,6 +141,13 @@ def test_export(strict: bool, tmp_path: pathlib.Path) -> None:
     assert [n for n, _ in read.module().named_parameters()] == ["gate"]
     other = {n: 2 * p for n, p in model.named_parameters()}
     read.module().load_state_dict(other)
+
+
+def test_a_program_for_another_cpu_is_refused(handle: LinearHandle) -> None:
+    q, k, v, g = operands().values()
+    key = serialize.with_isa(handle.portable, "sse")
+    with pytest.raises(ValueError, match="isa='sse': this CPU runs"):
+        keyed(q, k, v, g, None, None, None, [], key, 1.0, True)
 
 
 def test_a_damaged_program_is_refused(handle: LinearHandle) -> None:

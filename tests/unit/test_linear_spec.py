@@ -136,6 +136,8 @@ def test_decay_is_judged_after_its_mod() -> None:
     _call(spec=spec, decay=ONES(H))()
     with pytest.raises(ValueError, match=r"after decay_mod\) is 1, limit 0.*logsigmoid"):
         _call(spec=spec, decay=-ONES(H))()
+    with pytest.raises(ValueError, match=r"after decay_mod\) is nan, limit 0"):
+        _call(decay=ONES(H) * torch.nan)()
 
 
 # -- variants --------------------------------------------------------------------------------------

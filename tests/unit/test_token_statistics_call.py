@@ -161,6 +161,14 @@ def bad_arguments() -> Iterator[Any]:
     yield case(
         "temp's shape", ValueError, r"temp has shape \[2\], expected \[3\] or \[3, 1\]", w, temp[:2]
     )
+    yield case("temp's place", ValueError, "temp is on meta, w on cpu", w, temp.to("meta"))
+    yield case("starts' place", ValueError, "cu_seqlens is on meta, w on cpu", packed, temp, False,
+               None, starts.to("meta"))  # fmt: skip
+    yield case(
+        "sparse", ValueError, r"w has layout torch.sparse_coo.*to_dense", w.to_sparse(), temp
+    )
+    nested = torch.nested.nested_tensor([torch.zeros(3, D)], layout=torch.jagged)
+    yield case("nested", ValueError, "w is a nested tensor.*pass cu_seqlens", nested, temp)
     yield case("temp's type", TypeError, "temp has int64, expected a floating type", w, temp.long())
     yield case("bias", ValueError, "denom_bias is given with causal=False", w, temp, False, bias)
     yield case(
@@ -213,6 +221,10 @@ def test_bad_states() -> None:
         step(w, temp, 3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"state.c has shape \[1, 3, 40\], expected \[2, 3, 40\]"):
         step(w, temp, state._replace(c=state.c[:1]))
+    with pytest.raises(TypeError, match="state.c must be a torch.Tensor, got NoneType"):
+        step(w, temp, state._replace(c=None))
+    with pytest.raises(ValueError, match="state.A is on meta, w on cpu"):
+        step(w, temp, state._replace(A=state.A.to("meta")))
     with pytest.raises(TypeError, match="state.D has float64, expected float32"):
         step(w, temp, state._replace(D=state.D.double()))
     with pytest.raises(TypeError, match="state.position has int32, expected int64"):
