@@ -77,13 +77,17 @@ class LinearHandle:
     ) -> Any:
         """As :func:`attnengine.linear_attention` with its spec. Raises ValueError for operands of
         another kind than those that it was made for."""
-        if not self.fits(q, v, decay, beta) or self.thawed():
+        operands = q, k, v, decay, beta, initial_state, cu_seqlens
+        try:
+            fits = self.fits(q, v, decay, beta) and not self.thawed()
+        except (AttributeError, IndexError, RuntimeError) as error:  # no tensors of such a rank
+            raise self._refusal(error, *operands) from None
+        if not fits:
             raise ValueError(
                 f"q {list(q.shape)} {q.dtype}, v {list(v.shape)}, decay, beta or a captured tensor "
                 f"is not of the kind that this handle was made for ({self.program.name}); call "
                 "attnengine.compile again, or attnengine.linear_attention"
             )
-        operands = q, k, v, decay, beta, initial_state, cu_seqlens
         call = self.trace if torch.compiler.is_compiling() else self.run
         out, state = call(*operands, output_final_state)
         return (out, state) if output_final_state else out

@@ -216,6 +216,11 @@ def test_a_handle_made_by_compile() -> None:
     for wrong in ({"decay": None}, {"decay": decay.double()}, {"decay": decay, "beta": decay}):
         with pytest.raises(ValueError, match="not of the kind"):
             attn(q, k, v, **wrong)
+    for bad in ((q[0], k[0], v[0]), (3, k, v), (q, k, None)):
+        with pytest.raises((TypeError, ValueError), match="4-D|expected a tensor"):
+            attn(*bad, decay=decay)
+    with pytest.raises(TypeError, match="decay=-0.5: expected a tensor"):
+        attn(q, k, v, decay=-0.5)
     with pytest.raises(ValueError, match="isa"):
         ae.compile(spec, q, k, v, decay=decay, isa="mmx")
     with pytest.raises(TypeError, match="decay"):

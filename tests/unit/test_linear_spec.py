@@ -174,6 +174,31 @@ def test_variants_are_arguments_of_a_call(name: str) -> None:
     assert state.shape == (B, H, D, DV + (name == "elu_linear"))
 
 
+def test_variants_refuse_the_gates_of_others() -> None:
+    q, k, v = operands()
+    log, wide, V = -ONES(B, H, L), -ONES(B, H, L, D), ae.linear_variants
+    for call, error, text in (
+        (lambda: V.retention(q, k, v, 0.9), TypeError, r"gamma=0.9: expected a tensor \[H\]"),
+        (
+            lambda: V.simple_gla(q, k, v, wide),
+            ValueError,
+            r"g: shape \[2, 4, 6, 5\], expected \[B, H",
+        ),
+        (
+            lambda: V.gla(q, k, v, log),
+            ValueError,
+            r"gk: shape \[2, 4, 6\], expected \[B, H, L, D\]",
+        ),
+        (lambda: V.delta_net(q, k, v, None), TypeError, "beta=None: expected a tensor"),
+        (lambda: V.gated_delta_net(q, k, v, wide, log), ValueError, "g: shape"),
+        (lambda: V.kda(q, k, v, log, -log), ValueError, "g: shape"),
+        (lambda: V.mamba2(v, -log, wide[0, :, 0], k, q), ValueError, r"A: shape \[4, 5\], exp"),
+        (lambda: V.mamba2(v, -log, -ONES(H), k, q, z=log), ValueError, "z: shape"),
+    ):
+        with pytest.raises(error, match=text):
+            call()
+
+
 def test_retention_keeps_slow_heads_apart() -> None:
     q, k, v = operands(H=30, Hk=1)
     decay = ae.linear_variants.retention(q, k, v)["decay"].double()
