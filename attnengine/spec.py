@@ -99,7 +99,9 @@ class AttentionSpec:
     score_mod: ``(score, b, h, q_idx, kv_idx) -> score``, after the scale; every argument 0-d.
     mask_mod: ``(b, h, q_idx, kv_idx) -> bool``; False means that the key is absent.
     row_func: an :class:`OnlineFunc` instance. q_mod, k_mod, v_mod: ``x -> x``, elementwise.
-    scale: factor of q.k; None is 1/sqrt(D). ``h`` is the query head.
+    scale: factor of q.k; None is 1/sqrt(D). ``h`` is the query head. A spec keeps the tensors that
+    its callables read at the first call: new values in place are seen, but where a module gets
+    other tensors (``load_state_dict(assign=True)``, ``functional_call``) make a new spec.
 
     Raises TypeError or ValueError for a callable of the wrong kind or arity and for a scale that is
     not finite, RowFunctionError for a row function that breaks a rule (see check_row_function).

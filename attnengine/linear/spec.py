@@ -25,9 +25,10 @@ class LinearAttentionSpec:
     q and k [B, Hk, L, D], v [B, H, L, Dv], the log-decay [B, H, L] or [B, H, L, D] (one of [H] is
     seen as [B, H, L]). out_mod: ``x -> x`` on the output [B, H, L, Dv], last of all. They see fp32
     (fp64 for fp64 operands). Captured tensors broadcast against x as PyTorch does and get
-    gradients. scale: factor of q.S; None is 1/sqrt(D). normalizer: None, or "sum", which divides o
-    by scale q.z with z = exp(g) z + k, kept 1e-6 away from 0; the state then has z as its last
-    column.
+    gradients; a spec keeps those that its hooks read at the first call, so where a module gets
+    other tensors (``load_state_dict(assign=True)``, ``functional_call``) make a new spec. scale:
+    factor of q.S; None is 1/sqrt(D). normalizer: None, or "sum", which divides o by scale q.z with
+    z = exp(g) z + k, kept 1e-6 away from 0; the state then has z as its last column.
 
     Raises TypeError for a hook that is not a callable of one argument or a scale that is no number,
     ValueError for a scale that is not finite and for another normalizer.
