@@ -181,6 +181,7 @@ class LinearBackwardStep {
         store_vector(x_.minus + t * C + j, t - j < W ? first_lanes<A>(x, t - j) : x);
       }
     }
+    system_bad_ = Tile::template any_bad<C>(x_.minus, at.n, C);
     invert_diagonal<A, C>(x_.minus, at.n, x_.inverse);
   }
   // r and W from v; rows past n are zero.
@@ -201,7 +202,7 @@ class LinearBackwardStep {
         store_vector(x_.dv + i, x * x_.beta[t]);
       }
     }
-    if (Tile::template any_bad<kVWidth>(x_.dv, n, kVp)) {
+    if (system_bad_ || Tile::template any_bad<kVWidth>(x_.dv, n, kVp)) {
       solve_by_rows<A, C, kVp>(x_.minus, n, x_.dv, written);
     } else {
       solve_unit_lower<A, C, kVp>(x_.minus, x_.inverse, n, x_.dv, written);
@@ -213,7 +214,7 @@ class LinearBackwardStep {
                                                  int64_t c) const {
     const int n = at.n;
     A* y = x_.solved;
-    if (Tile::template any_bad<kVWidth>(x_.dv, n, kVp)) {
+    if (system_bad_ || Tile::template any_bad<kVWidth>(x_.dv, n, kVp)) {
       Tile::copy(y, x_.dv, int64_t(n) * kVp);
       Tile::template solve_transposed_by_rows<kVp>(n, x_.minus, y);
     } else {
@@ -347,6 +348,7 @@ class LinearBackwardStep {
   const Keys& keys_;
   const A scale_;
   mutable const typename Operands::OutTile* dout_ = nullptr;  // of the chunk
+  mutable bool system_bad_ = false;                           // A does
   mutable bool dout_bad_ = false;                             // it holds Inf or NaN
 };
 

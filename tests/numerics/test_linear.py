@@ -3,7 +3,7 @@ states and every gradient, of all kinds of decay, dtypes, ragged lengths and lay
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -198,6 +198,27 @@ def test_a_decay_of_minus_infinity_forgets_everything(name: str) -> None:
     out.sum().backward()
     for t in leaves.values():
         assert t.grad is not None and t.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("operand", ["q", "k", "v", "beta", "dout"])
+@pytest.mark.parametrize("name", ["f32-delta-gates", "f32-channel-delta", "bf16-delta"])
+def test_what_is_not_finite_stays_in_backward(name: str, operand: str) -> None:
+    """NaN at one token: gradients that the recurrence keeps finite are finite."""
+    p = problem(FAMILIES[name], 12, B=1, heads=(1, 1), L=70, lengths=(), per_head=False)
+    x = {n: t.clone() for n, t in operands(p).items()}
+    dout = torch.randn(p.v.shape, generator=torch.Generator().manual_seed(12)).to(p.v.dtype)
+    (dout if operand == "dout" else x[operand])[0, 0, 20] = torch.nan
+
+    def gradients(call: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in x.values()]
+        out = call(spec=p.spec, **dict(zip(x, leaves, strict=True)))
+        return list(torch.autograd.grad(out, leaves, dout))
+
+    for n, got, want in zip(
+        x, gradients(ae.linear_attention), gradients(ae.reference), strict=True
+    ):
+        wild = want.isfinite() & ~got.isfinite()
+        assert not wild.any(), (n, wild.nonzero().tolist()[:4])
 
 
 # -- the derivatives themselves --------------------------------------------------------------------
