@@ -106,7 +106,7 @@ def test_a_positive_decay_is_reported(L: int, bad: float) -> None:
     p = plain(L)
     assert p.decay is not None
     p.decay[0, 1, L - 1] = bad
-    with pytest.raises(ValueError, match="decay is positive"):
+    with pytest.raises(ValueError, match=f"largest log-decay .* is {bad}, limit 0"):
         cases.run(p)
 
 
