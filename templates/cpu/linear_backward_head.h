@@ -72,7 +72,7 @@ class LinearBackwardStep {
     } else {
       scaled(v, at.n, x_.gates.f);
     }
-    LinearFetch ahead;
+    LinearFetch ahead(2);
     io_.fetch_values(at, next, ahead);
     if constexpr (X::kRounds) {
       keys_.add_keys(at.n, x_.scaled_row, head.state, head.state, head.state_of(c + 1), ahead);
@@ -98,7 +98,7 @@ class LinearBackwardStep {
   // And U before it.
   void backward(const LinearAt& at, const LinearAt& next, const Head& head, int64_t c) const {
     gradients(at, next, head, c);
-    LinearFetch ahead;
+    LinearFetch ahead(2);
     io_.fetch_all(at, next, ahead);
     move_adjoint(at.n, head, ahead);
     ahead.rest();
@@ -109,7 +109,7 @@ class LinearBackwardStep {
     keys_.load_decays(at, false);
     scaled(io_.v(at, x_.v, x_.v_nat), at.n, x_.gates.f);
     Tile::clear(state, X::kState);
-    LinearFetch ahead;
+    LinearFetch ahead(2);
     io_.fetch_values(at, next, ahead);
     keys_.add_keys(at.n, x_.scaled_row, state, state, nullptr, ahead);
     ahead.rest();
@@ -118,7 +118,7 @@ class LinearBackwardStep {
     keys_.load_decays(at, true);
     dout_ = io_.dout(at, x_.dout, x_.dout_nat);
     Tile::clear(state, X::kState);
-    LinearFetch ahead;
+    LinearFetch ahead(2);
     io_.fetch_all(at, next, ahead);
     move_adjoint(at.n, Head{state}, ahead);
     ahead.rest();

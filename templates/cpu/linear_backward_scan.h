@@ -181,7 +181,7 @@ class LinearBackwardScan {
         if (p_.dfinal == nullptr) head.last = chunks_.end(part.sequence) - 1 - origin;
         const LinearAt after = following(part, c, next, j);
         step.gradients(where, after, head, c - origin);
-        LinearFetch ahead;
+        LinearFetch ahead(2);
         io_.fetch_all(where, after, ahead);
         ahead.rest();
       }

@@ -90,12 +90,16 @@ struct LinearRun {
   }
 };
 
-// Rows of some operands that come next, fetched by products: column after column of lines.
+// Rows of some operands that come next, fetched by products: column after column of lines, one or
+// two at a time. Backward needs two, to be done when the next chunk begins; two would make forward
+// slower on two threads (measured).
 class LinearFetch {
   LinearAhead parts_[5];
+  const int lines_;
   int count_ = 0, part_ = 0, row_ = 0, column_ = 0;
 
  public:
+  explicit LinearFetch(int lines = 1) : lines_(lines) {}
   void add(const LinearAhead& x) {
     if (x.rows > 0) parts_[count_++] = x;
   }
@@ -103,7 +107,7 @@ class LinearFetch {
   AE_INLINE LinearRun take(int64_t steps, const void* here) {
     if (part_ == count_) return {(const char*)here, 0, steps};
     const LinearAhead& x = parts_[part_];
-    const bool two = column_ + 128 <= x.bytes;
+    const bool two = lines_ == 2 && column_ + 128 <= x.bytes;
     LinearRun run{x.base + row_ * x.stride + column_, x.stride, x.rows - row_, two ? 64 : 0};
     if (steps < run.steps) {
       run.steps = steps;
