@@ -1,5 +1,8 @@
-"""The exceptions of attnengine. Each message names the argument, its value, the limit and the next
-step; each class is also the built-in exception that callers would expect in its place."""
+"""The exceptions of attnengine, and a check that operators share. Each message names the argument,
+its value, the limit and the next step; each class is also the built-in exception that callers would
+expect in its place."""
+
+import torch
 
 
 class AttnEngineError(Exception):
@@ -32,3 +35,14 @@ class KernelUnavailable(AttnEngineError, RuntimeError):
 
 class CacheError(AttnEngineError, RuntimeError):
     """A cache entry is missing a part, altered, or not to be trusted."""
+
+
+def require_dense(name: str, x: torch.Tensor, tokens: str) -> None:
+    """Raises ValueError for a nested or sparse tensor; ``tokens`` names the dimension of tokens."""
+    if x.is_nested:
+        raise ValueError(
+            f"{name}: a nested tensor, expected a dense one; lay the sequences one after the other "
+            f"along {tokens} and pass cu_seqlens"
+        )
+    if x.layout is not torch.strided:
+        raise ValueError(f"{name}: layout {x.layout}, expected torch.strided; use .to_dense()")

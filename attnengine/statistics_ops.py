@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import build, builtin, library, ops
-from .errors import KernelUnavailable
+from .errors import KernelUnavailable, require_dense
 from .statistics_source import StatisticsPlan, statistics_source
 from .target import default_isa
 
@@ -108,13 +108,7 @@ def check_place(name: str, x: Any, w: Tensor) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.device != w.device:
         raise ValueError(f"{name} is on {x.device}, w on {w.device}: move it there")
-    if x.is_nested:
-        raise ValueError(
-            f"{name} is a nested tensor, expected a dense one; lay the sequences one after the "
-            "other along N and pass cu_seqlens"
-        )
-    if x.layout is not torch.strided:
-        raise ValueError(f"{name} has layout {x.layout}, expected torch.strided; use .to_dense()")
+    require_dense(name, x, "N")
 
 
 def _check_temp(w: Tensor, temp: Tensor) -> None:

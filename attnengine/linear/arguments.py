@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import require_dense
 from .spec import LinearAttentionSpec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -63,13 +64,7 @@ def check_arguments(
             continue
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}={reprlib.repr(x)}: expected a tensor")
-        if x.is_nested:
-            raise ValueError(
-                f"{name}: a nested tensor, expected a dense one; lay the sequences one after the "
-                "other along L and pass cu_seqlens"
-            )
-        if x.layout is not torch.strided:
-            raise ValueError(f"{name}: layout {x.layout}, expected torch.strided; use .to_dense()")
+        require_dense(name, x, "L")
         device = device or x.device
         if x.device != device:
             raise ValueError(f"{name}: on {x.device}, but q is on {device}; move it there")

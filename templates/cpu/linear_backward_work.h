@@ -33,7 +33,7 @@ struct LinearBackwardTypes : LinearTypes<Plan> {
   static constexpr bool kRounds = !__is_same(M, A);  // operands are copies in another type
   static constexpr bool kDelta = Plan::kDelta, kNormalizer = Plan::kNormalizer;
   static constexpr bool kDecays = T::kScalar || T::kChannel;
-  static constexpr int C = Plan::kChunk, kVectors = C / T::W;
+  static constexpr int C = Plan::kChunk;
   static constexpr int kVWidth = row_pitch<A>(T::kDv);
   static constexpr int kDp = T::kDPitch, kVp = linear_pitch<A>(T::kDv);
   // Of a transposed state.

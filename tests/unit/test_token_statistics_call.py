@@ -164,11 +164,9 @@ def bad_arguments() -> Iterator[Any]:
     yield case("temp's place", ValueError, "temp is on meta, w on cpu", w, temp.to("meta"))
     yield case("starts' place", ValueError, "cu_seqlens is on meta, w on cpu", packed, temp, False,
                None, starts.to("meta"))  # fmt: skip
-    yield case(
-        "sparse", ValueError, r"w has layout torch.sparse_coo.*to_dense", w.to_sparse(), temp
-    )
+    yield case("sparse", ValueError, r"w: layout torch.sparse_coo.*to_dense", w.to_sparse(), temp)
     nested = torch.nested.nested_tensor([torch.zeros(3, D)], layout=torch.jagged)
-    yield case("nested", ValueError, "w is a nested tensor.*pass cu_seqlens", nested, temp)
+    yield case("nested", ValueError, "w: a nested tensor.*pass cu_seqlens", nested, temp)
     yield case("temp's type", TypeError, "temp has int64, expected a floating type", w, temp.long())
     yield case("bias", ValueError, "denom_bias is given with causal=False", w, temp, False, bias)
     yield case(
